@@ -1,0 +1,12 @@
+"""Every test runs with jaxtyping's shape checks on, on two threads, and without the network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+
+import torch
+from jaxtyping import install_import_hook
+
+# Only modules imported after this are checked, so nothing above may import mechmm.
+install_import_hook("mechmm", "beartype.beartype")
+torch.set_num_threads(2)
