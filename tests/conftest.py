@@ -8,5 +8,5 @@ import torch
 from jaxtyping import install_import_hook
 
 # Only modules imported after this are checked, so nothing above may import mechmm.
-install_import_hook("mechmm", "beartype.beartype")
+install_import_hook("mechmm", "typechecker.checked")
 torch.set_num_threads(2)
