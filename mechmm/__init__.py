@@ -1,0 +1,71 @@
+"""mechmm: TransformerLens for multimodal models.
+
+Importing this package changes nothing: no download, no global setting, no hook. Its names are
+imported when they are first used, so that `mechmm --help` answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechmm import data
+    from mechmm.data.metrics import accuracy, kl, log_prob, logit_diff, prob
+    from mechmm.data.pairs import Pair, PairDataset, Prompt
+    from mechmm.engine import sites
+    from mechmm.methods.patching import Patching, patch
+    from mechmm.model.audit import Audit, audit
+    from mechmm.model.batch import Batch
+    from mechmm.model.hooked import HookedMultimodal
+    from mechmm.model.layout import Box, Patches, TokenLayout, Words
+    from mechmm.results.report import Page
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "mechmm.data.metrics": ("accuracy", "kl", "log_prob", "logit_diff", "prob"),
+    "mechmm.data.pairs": ("Pair", "PairDataset", "Prompt"),
+    "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.model.audit": ("Audit", "audit"),
+    "mechmm.model.batch": ("Batch",),
+    "mechmm.model.hooked": ("HookedMultimodal",),
+    "mechmm.model.layout": ("Box", "Patches", "TokenLayout", "Words"),
+    "mechmm.results.report": ("Page",),
+}
+_MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
+_NAMES = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Audit",
+    "Batch",
+    "Box",
+    "HookedMultimodal",
+    "Page",
+    "Pair",
+    "PairDataset",
+    "Patches",
+    "Patching",
+    "Prompt",
+    "TokenLayout",
+    "Words",
+    "accuracy",
+    "audit",
+    "data",
+    "kl",
+    "log_prob",
+    "logit_diff",
+    "patch",
+    "prob",
+    "sites",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(_MODULES[name])
+    if name in _NAMES:
+        return getattr(import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'mechmm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

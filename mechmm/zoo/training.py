@@ -1,12 +1,10 @@
 """Trains the demo model from a seed, on a CPU.
 
-Four phases, because end-to-end training alone stays near chance for a long time:
-
-1. `sight`: the vision tower alone, with throwaway linear heads that read color, shape, digit and
-   position from every patch.
-2. `find`: questions that look one thing up, in picture and text form.
-3. `compare`: only the questions that compare or combine things, until the model has them.
-4. `all`: every kind of question in both forms; kinds that lag are asked more often.
+End-to-end training alone stays near chance for a long time, so skills come one after another: the
+vision tower first, with throwaway linear heads that read color, shape, digit and position from every
+patch; then questions that look one thing up; then, alone, those that compare or combine things, which
+words make easier to learn than pictures; at last every kind of question in both forms. Within a
+phase, kinds that lag are asked more often.
 
 Several questions share one picture or description: each attends to that context and itself, but
 not to the other questions, and its positions start where the context ends, so that one question
@@ -50,14 +48,17 @@ class Phase:
     rate: float
     batch: int
     until: float = 2.0
-    """End early when every running accuracy in both forms is at least this."""
+    """End early when every running accuracy is at least this."""
+    forms: tuple[str, ...] = FORMS
 
 
 PHASES = (
     Phase("sight", (), 1200, 1e-3, 64),
-    Phase("find", EASY, 1500, 1e-3, 32, until=0.9),
-    Phase("compare", HARD, 2000, 1e-3, 32, until=0.93),
-    Phase("all", tuple(KINDS), 5000, 1e-3, 32),
+    Phase("find", EASY, 800, 1e-3, 32, until=0.99),
+    Phase("find in words", EASY, 3000, 1e-3, 48, until=0.95, forms=("text",)),
+    Phase("compare in words", HARD, 910, 1e-3, 48, until=0.93, forms=("text",)),
+    Phase("compare", HARD, 1200, 1e-3, 32, until=0.93),
+    Phase("all", tuple(KINDS), 3600, 1e-3, 32),
 )
 QUESTIONS = 6
 """Questions asked of one picture or description."""
@@ -251,7 +252,7 @@ class Trainer:
 
     def _finished(self, phase: Phase) -> bool:
         accuracy = self.state.accuracy
-        wanted = [f"{form}/{kind}" for form in FORMS for kind in phase.kinds]
+        wanted = [f"{form}/{kind}" for form in phase.forms for kind in phase.kinds]
         learned = bool(wanted) and all(accuracy.get(name, 0) >= phase.until for name in wanted)
         return learned or self.state.step >= phase.steps
 
@@ -279,7 +280,7 @@ class Trainer:
 
     def _questions(self, rng: np.random.Generator, phase: Phase) -> Tensor:
         losses = []
-        for form in FORMS:
+        for form in phase.forms:
             scores = self.state.accuracy
             known = [scores.get(f"{form}/{kind}", 0.0) for kind in phase.kinds]
             weights = 0.1 + 1.0 - np.array(known)

@@ -1,0 +1,135 @@
+"""The command line: parse, call, print. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Mechanistic interpretability for multimodal models, from pixel to answer token.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+zoo = typer.Typer(help="The shipped demo model: train it, evaluate it, read its card.", no_args_is_help=True)
+app.add_typer(zoo, name="zoo")
+
+Name = Annotated[str, typer.Argument(help="A hub name, a local folder, or mechmm/demo (shipped).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
+SITES = ("residual", "heads", "mlps", "attention", "patches", "projector")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("out/demo"),
+) -> None:
+    """Ask the demo model about a picture, patch both towers and write one HTML report."""
+    from mechmm.zoo.demonstration import demonstrate
+
+    demonstrate(out)
+
+
+@app.command()
+def info(name: Name, as_json: AsJson = False) -> None:
+    """What a model is: towers, sizes, hook points."""
+    from mechmm.runs.describe import describe, print_description
+
+    found = describe(_load(name))
+    print(json.dumps(found)) if as_json else print_description(found)
+
+
+@app.command()
+def audit(name: Name, as_json: AsJson = False) -> None:
+    """Run every hook point of a model: does it fire, does an edit matter, does a gradient reach it?
+
+    Exit code 1 if any hook is dead.
+    """
+    from mechmm.model.audit import audit as run
+    from mechmm.runs.describe import example_batch
+
+    model = _load(name)
+    found = run(model, example_batch(model))
+    print(found.to_dataframe().to_json(orient="records") if as_json else found)
+    raise typer.Exit(1 if found.dead else 0)
+
+
+@app.command()
+def patch(
+    model: Annotated[str, typer.Option(help="A hub name, a local folder, or mechmm/demo.")],
+    pairs: Annotated[Path, typer.Option(help="Folder written by PairDataset.save.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result and its report; must be new.")],
+    sites: Annotated[
+        str, typer.Option(help=f"Comma-separated: {', '.join(SITES)}.")
+    ] = "residual,heads",
+    spans: Annotated[
+        str, typer.Option(help="Comma-separated spans for residual, attention and mlps.")
+    ] = "image,question,last",
+    metric: Annotated[
+        str, typer.Option(help="logit_diff, log_prob, prob, kl or accuracy.")
+    ] = "logit_diff",
+    direction: Annotated[
+        str, typer.Option(help="denoise, noise, zero, mean or resample.")
+    ] = "denoise",
+    seed: Annotated[int, typer.Option(help="Of the null and of resample.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Patch every site of every pair, one at a time; save the numbers and a report."""
+    from mechmm.runs.patch import patch_folder
+
+    loaded, names, places = _load(model), sites.split(","), spans.split(",")
+    found = patch_folder(loaded, pairs, out, names, places, metric, direction, seed, as_json)
+    if as_json:
+        print(found.to_dataframe().to_json(orient="records"))
+
+
+@zoo.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
+    seed: Annotated[int, typer.Option(help="Of the weights and of every batch.")] = 0,
+) -> None:
+    """Train the demo model from a seed; run again to go on from the last checkpoint."""
+    from mechmm.zoo.training import Trainer
+
+    Trainer(out, seed).run()
+
+
+@zoo.command()
+def evaluate(
+    name: Annotated[str, typer.Option("--model", help="mechmm/demo or a local folder.")] = "mechmm/demo",
+    n: Annotated[int, typer.Option(help="Questions per row.")] = 500,
+    seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy per kind of question on scenes that the model has never seen."""
+    from mechmm.runs.terminal import print_table
+    from mechmm.zoo.evaluation import evaluate as run
+
+    table = run(_load(name), n, seed)
+    print(table.to_json(orient="records")) if as_json else print_table(table, "Accuracy")
+
+
+@zoo.command()
+def card() -> None:
+    """The demo model's card."""
+    from importlib.resources import files
+
+    print((files("mechmm") / "zoo" / "demo" / "README.md").read_text())
+
+
+def _load(name: str):
+    from mechmm.model.hooked import HookedMultimodal
+
+    return HookedMultimodal.from_pretrained(name)
+
+
+def main() -> None:
+    """Entry point: errors that a user can mend are one line on stderr, with exit code 2."""
+    try:
+        app()
+    except (ValueError, KeyError, OSError) as error:
+        print(f"mechmm: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,1 @@
+"""Running experiments from the shell."""

@@ -1,0 +1,273 @@
+"""Patching equals TransformerLens's on text and a loop of plain PyTorch hooks on pictures."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformer_lens import patching as tl_patching
+
+import mechmm as mm
+from mechmm.data import shapes
+from mechmm.methods.patching import baselines
+from mechmm.zoo.recipe import build_model, build_processor
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mm.HookedMultimodal.from_hf(build_model(seed=1).eval(), build_processor())
+
+
+@pytest.fixture(scope="module")
+def pictures(model):
+    return shapes.pairs(model, "color", 3, seed=1)
+
+
+def last_logit_diff(logits, pair, model):
+    answer, foil = (model.to_single_token(word) for word in (pair.answer, pair.foil))
+    return logits[:, -1, answer] - logits[:, -1, foil]
+
+
+@pytest.mark.parametrize("point", ["resid_pre", "attn_out", "mlp_out"])
+def test_text_equals_transformer_lens(model, point):
+    pair = shapes.pairs(model, "where", 1, seed=3, form="text")
+    batch = next(pair.batches(1))
+    _, cache = model.run_with_cache(batch.clean)
+    theirs = getattr(tl_patching, f"get_act_patch_{point}")(
+        model,
+        batch.corrupt.input_ids,
+        cache,
+        lambda logits: last_logit_diff(logits, pair[0], model).mean(),
+    )
+    positions = range(batch.clean.input_ids.shape[1])
+    make = {"resid_pre": mm.sites.residual, "attn_out": mm.sites.attention, "mlp_out": mm.sites.mlps}
+    table = make[point](model, positions=positions, towers=["language"])
+    ours = mm.patch(model, pair, table, n_null=1)
+    torch.testing.assert_close(
+        ours.values.view(theirs.shape), theirs.float(), atol=1e-5, rtol=0
+    )
+
+
+def test_text_heads_equal_transformer_lens(model):
+    pair = shapes.pairs(model, "where", 1, seed=4, form="text")
+    batch = next(pair.batches(1))
+    _, cache = model.run_with_cache(batch.clean)
+    theirs = tl_patching.get_act_patch_attn_head_out_all_pos(
+        model,
+        batch.corrupt.input_ids,
+        cache,
+        lambda logits: last_logit_diff(logits, pair[0], model).mean(),
+    )
+    ours = mm.patch(model, pair, mm.sites.heads(model, towers=["language"]), n_null=1)
+    torch.testing.assert_close(ours.values.view(theirs.shape), theirs.float(), atol=1e-5, rtol=0)
+
+
+def by_hand(model, pair, module, find, swap):
+    """The metric with one module's output changed by a plain PyTorch hook on the Hugging Face model."""
+    hf, batch = model.hf_model, next(pair.batches(1))
+    kept = {}
+    handle = module.register_forward_hook(lambda m, a, out: kept.update(clean=find(out).clone()))
+    hf(**batch.clean.inputs)
+    handle.remove()
+    handle = module.register_forward_hook(lambda m, a, out: swap(out, kept["clean"]))
+    logits = hf(**batch.corrupt.inputs).logits
+    handle.remove()
+    return float(last_logit_diff(logits, pair[0], model))
+
+
+@torch.no_grad()
+def test_pictures_equal_plain_hooks(model, pictures):
+    one = pictures[:1]
+    layout = next(one.batches(1)).clean.layout
+    where = [p for _, p in layout.vision_positions("object")]
+    at = layout.positions("object")
+
+    def swap_positions(positions):
+        def swap(out, clean):
+            new = out.clone()
+            new[:, positions] = clean[:, positions]
+            return new
+
+        return swap
+
+    hf = model.hf_model.model
+    cases = {
+        ("vision", "mlp", 1): (hf.vision_tower.encoder.layers[1].mlp, where),
+        ("vision", "mlp", 3): (hf.vision_tower.encoder.layers[3].mlp, where),
+        ("language", "mlp", 2): (hf.language_model.layers[2].mlp, at),
+    }
+    table = mm.sites.mlps(model, ("object",)) + mm.sites.projector(model, ("object",))
+    found = mm.patch(model, one, table, n_null=1).to_dataframe()
+    for (tower, kind, layer), (module, positions) in cases.items():
+        row = found[
+            (found.tower == tower) & (found.kind == kind) & (found.layer == layer)
+        ].iloc[0]
+        expected = by_hand(model, one, module, lambda out: out, swap_positions(positions))
+        assert row["value"] == pytest.approx(expected, abs=1e-5)
+    tokens = [p - 1 for p in at]
+    expected = by_hand(
+        model, one, hf.multi_modal_projector, lambda out: out, swap_positions(tokens)
+    )
+    row = found[found.tower == "projector"].iloc[0]
+    assert row["value"] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_vision_heads_equal_plain_hooks(model, pictures):
+    one = pictures[:1]
+    out_proj = model.hf_model.model.vision_tower.encoder.layers[2].self_attn.out_proj
+    batch, kept, d = next(one.batches(1)), {}, 24
+    handle = out_proj.register_forward_pre_hook(lambda m, a: kept.update(clean=a[0].clone()))
+    model.hf_model(**batch.clean.inputs)
+    handle.remove()
+    expected = []
+    for head in range(4):
+
+        def swap(module, args, head=head):
+            new = args[0].clone()
+            new[..., head * d : (head + 1) * d] = kept["clean"][..., head * d : (head + 1) * d]
+            return (new,)
+
+        handle = out_proj.register_forward_pre_hook(swap)
+        logits = model.hf_model(**batch.corrupt.inputs).logits
+        handle.remove()
+        expected.append(last_logit_diff(logits, one[0], model))
+    table = mm.sites.heads(model, towers=["vision"], layers=[2])
+    found = mm.patch(model, one, table, n_null=1)
+    torch.testing.assert_close(found.values[:, 0], torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_one_pair_at_a_time_equals_all_together(model, pictures):
+    table = mm.sites.residual(model, ("object", "question")) + mm.sites.heads(model, layers=[1])
+    together = mm.patch(model, pictures, table, n_null=1, batch_size=3)
+    small = mm.patch(model, pictures, table, n_null=1, batch_size=2, tokens=200)
+    torch.testing.assert_close(together.values, small.values, atol=1e-5, rtol=0)
+
+
+def test_whole_input_restores_the_clean_metric(model, pictures):
+    table = mm.sites.residual(model, ("image",), towers=["language"], layers=[0])
+    found = mm.patch(model, pictures, table, n_null=1)
+    torch.testing.assert_close(found.values[0], found.clean, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.effects()[0], torch.ones(3), atol=1e-3, rtol=0)
+    noised = mm.patch(model, pictures, table, direction="noise", n_null=1)
+    torch.testing.assert_close(noised.values[0], noised.corrupt, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_ablations_equal_plain_edits(model, pictures):
+    table = mm.sites.mlps(model, ("object",), towers=["language"], layers=[1])
+    batch = next(pictures.batches(3))
+    _, cache = model.run_with_cache(batch.clean)
+    values, mask = cache["blocks.1.hook_mlp_out"], batch.clean.layout.mask("object")
+    mean = values[mask].mean(0)
+    for direction, new in (("zero", torch.zeros_like(mean)), ("mean", mean)):
+
+        def edit(x, hook, new=new):
+            return torch.where(mask[..., None], new, x)
+
+        logits = model.run_with_hooks(batch.clean, fwd_hooks=[("blocks.1.hook_mlp_out", edit)])
+        expected = mm.logit_diff(logits[:, -1], batch.answers)
+        found = mm.patch(model, pictures, table, direction=direction, n_null=1)
+        torch.testing.assert_close(found.values[0], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_resample_takes_another_pairs_clean_value(model, pictures):
+    table = mm.sites.mlps(model, ("object",), towers=["language"], layers=[1])
+    found = mm.patch(model, pictures, table, direction="resample", n_null=1, seed=5)
+    batch = next(pictures.batches(3))
+    _, cache = model.run_with_cache(batch.clean)
+    values, mask = cache["blocks.1.hook_mlp_out"], batch.clean.layout.mask("object")
+    possible = []
+    for shift in (1, 2):
+        donors = values[mask].view(3, -1, values.shape[-1]).roll(shift, 0)
+
+        def edit(x, hook, donors=donors):
+            x[mask] = donors.flatten(0, 1)
+
+        logits = model.run_with_hooks(batch.clean, fwd_hooks=[("blocks.1.hook_mlp_out", edit)])
+        possible.append(mm.logit_diff(logits[:, -1], batch.answers))
+    gaps = [float((found.values[0] - one).abs().max()) for one in possible]
+    assert min(gaps) < 1e-5 < max(gaps)
+
+
+def test_unread_layers_are_no_sites(model):
+    llava = build_model(seed=2).eval()
+    llava.config.vision_feature_layer = -2
+    other = mm.HookedMultimodal.from_hf(llava, build_processor())
+    assert mm.sites.residual(other, towers=["vision"]).table["layer"].tolist() == [0] * 1 + [1, 2]
+
+
+def test_null_and_interval(model, pictures):
+    table = mm.sites.residual(model, ("object",))
+    found = mm.patch(model, pictures, table, n_null=4, seed=2)
+    assert found.null.shape == (8, 3)
+    frame = found.to_dataframe()
+    assert (frame["low"] <= frame["effect"] + 1e-6).all()
+    assert (frame["effect"] <= frame["high"] + 1e-6).all()
+    assert set(found.null_range()) == {("vision", "resid_pre"), ("language", "resid_pre")}
+    again = mm.patch(model, pictures, table, n_null=4, seed=2)
+    assert torch.equal(found.null, again.null)
+
+
+def test_normalisation_is_as_defined(model, pictures):
+    table = mm.sites.residual(model, ("object",), layers=[1])
+    found = mm.patch(model, pictures, table, n_null=1)
+    clean, corrupt = baselines(model, pictures, mm.logit_diff)
+    expected = (found.values - corrupt) / (clean - corrupt)
+    assert torch.equal(found.effects(), expected)
+    change = (found.values - corrupt).mean(1) / (clean - corrupt).mean()
+    torch.testing.assert_close(found.mean_effects(), change)
+
+
+def test_saved_equals_loaded(model, pictures, tmp_path):
+    found = mm.patch(model, pictures, mm.sites.residual(model) + mm.sites.projector(model), n_null=2)
+    found.save(tmp_path / "run")
+    loaded = mm.Patching.load(tmp_path / "run")
+    assert torch.equal(loaded.values, found.values) and torch.equal(loaded.null, found.null)
+    pd.testing.assert_frame_equal(loaded.to_dataframe(), found.to_dataframe())
+    assert np.array_equal(np.asarray(loaded.picture), np.asarray(found.picture))
+
+
+def test_figures_show_the_numbers(model, pictures):
+    table = (
+        mm.sites.residual(model, ("object", "last"))
+        + mm.sites.heads(model)
+        + mm.sites.patches(model, layers=[1])
+    )
+    figures = mm.patch(model, pictures, table, n_null=2).plot()
+    assert set(figures) == {"resid_pre", "heads", "patches", "strongest"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"direction": "up"}, "unknown direction 'up'"),
+        ({"sites": "none"}, "0 sites"),
+        ({"sites": "span"}, "unknown span 'bus'"),
+        ({"sites": "position"}, "position 900 is outside prompt 0"),
+    ],
+)
+def test_bad_input_is_refused(model, pictures, change, message):
+    table = {
+        "none": mm.sites.residual(model, ()),
+        "span": mm.sites.residual(model, ("bus",)),
+        "position": mm.sites.residual(model, positions=[900], towers=["language"]),
+    }.get(change.get("sites"), mm.sites.residual(model))
+    with pytest.raises(ValueError, match=message):
+        mm.patch(model, pictures, table, direction=change.get("direction", "denoise"))
+
+
+def test_unknown_tower_and_layer_are_refused(model):
+    with pytest.raises(ValueError, match="unknown tower 'audio'; this model has vision, language"):
+        mm.sites.residual(model, towers=["audio"])
+    with pytest.raises(ValueError, match=r"tower 'vision' has layers 0\.\.3, not 7"):
+        mm.sites.residual(model, towers=["vision"], layers=[7])
+
+
+def test_no_hook_is_left_behind(model, pictures):
+    mm.patch(model, pictures, mm.sites.residual(model), n_null=1)
+    with pytest.raises(ValueError, match="unknown span"):
+        mm.patch(model, pictures, mm.sites.residual(model, ("bus",)), n_null=1)
+    assert not any(point.has_hooks() for point in model.hook_points())
