@@ -6,14 +6,21 @@ so that whatever separates the two pictures is what the question asks about.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
 from mechmm.data.digits import digit_label, split, with_label
+from mechmm.data.pairs import Pair, PairDataset, Prompt
 from mechmm.data.questions import KINDS, PRIOR, Question, questions
-from mechmm.data.scenes import CELLS, COLORS, GRID, SHAPES, Scene, Thing
+from mechmm.data.scenes import CELLS, COLORS, GRID, PIXELS, SHAPES, Scene, Thing
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.layout import Box, TokenLayout, Where, Words
+
+Form = Literal["image", "text"]
+"""Whether a scene is shown or told."""
 
 HELD_OUT = frozenset((color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS))
 """Shape-color combinations that the demo model never sees in training, in picture or text."""
@@ -84,10 +91,16 @@ class Sampler:
         the two answer differently.
 
         Raises:
-            ValueError: for an unknown kind of question.
+            ValueError: for an unknown kind of question; for one whose pairs change a color or a
+                shape where only unseen combinations may appear.
         """
         if kind not in KINDS:
             raise ValueError(f"unknown kind {kind!r}; use one of {', '.join(KINDS)}")
+        if self.combos == "unseen" and ATTRIBUTE[kind] in ("color", "shape"):
+            raise ValueError(
+                f"pairs of kind {kind!r} change a {ATTRIBUTE[kind]}, but every shape has only one "
+                "unseen color; use combos='all', or another kind"
+            )
         while True:
             scene, question = self.ask(rng, kind)
             edits = [
@@ -98,9 +111,7 @@ class Sampler:
             if edits:
                 return scene, edits[rng.integers(len(edits))], question
 
-    def _edits(
-        self, rng: np.random.Generator, scene: Scene, question: Question
-    ) -> Iterator[Scene]:
+    def _edits(self, rng: np.random.Generator, scene: Scene, question: Question) -> Iterator[Scene]:
         attribute = ATTRIBUTE[question.kind]
         for i in question.asked(scene) or range(len(scene.things)):
             thing = scene.things[i]
@@ -144,7 +155,7 @@ class Sampler:
         things = []
         for row, name in zip(rows[:2], names, strict=False):
             column = int(rng.integers(GRID - 1))
-            left, right = (int(row) * GRID + column + step for step in rng.permutation(2))
+            left, right = (int(row) * GRID + column + int(step) for step in rng.permutation(2))
             things += [self._shape(rng, left, name, list(COLORS)), self._digit(rng, right)]
         cell = int(rows[2]) * GRID + int(rng.integers(GRID))
         things.append(self._shape(rng, cell, names[2], list(COLORS)))
@@ -163,4 +174,144 @@ def prompt(question: Question, scene: Scene | None = None) -> str:
     return f"{context} {question.text} answer :"
 
 
-__all__ = ["ATTRIBUTE", "HELD_OUT", "Sampler", "digit_label", "prompt"]
+def pairs(
+    model: HookedMultimodal,
+    kind: str,
+    n: int,
+    seed: int = 0,
+    form: Form = "image",
+    sampler: Sampler | None = None,
+) -> PairDataset:
+    """Random minimal pairs of one kind of question, shown as pictures or told in words.
+
+    Spans: `object` is the thing that changes. In a picture it is the whole cell; where the thing
+    moves, `object` is its cell in the clean picture and `object_corrupt` the one in the corrupt
+    picture. In a text it is the thing's description. `distractor` is a thing that neither changes
+    nor is asked about, where there is one apart from the others on the model's grid of patches.
+
+    Labels: `kind`, `form` and `asked`, the words that the question is about.
+
+    Args:
+        model: what to align the pairs for.
+        kind: a key of `mechmm.data.questions.KINDS`.
+        n: how many pairs; the first ones of a seed are the same for every `n`.
+        form: `"image"`, or `"text"` for the same scenes described in words.
+        sampler: how scenes are drawn; default: `Sampler()`, whose digits the demo model never saw.
+
+    Raises:
+        ValueError: an unknown kind or form; fewer than one pair.
+        PairError: where the model's tokenizer does not align the pair.
+    """
+    if form not in get_args(Form):
+        raise ValueError(f"unknown form {form!r}; use one of {', '.join(get_args(Form))}")
+    if n < 1:
+        raise ValueError(f"{n} pairs were asked for; ask for at least 1")
+    sampler = sampler if sampler is not None else Sampler()
+    rng = np.random.default_rng(seed)
+    drawn = [sampler.pair(rng, kind) for _ in range(n)]
+    return PairDataset([scene_pair(model, *one, form=form) for one in drawn], model)
+
+
+def scene_pair(
+    model: HookedMultimodal, clean: Scene, corrupt: Scene, question: Question, form: Form = "image"
+) -> Pair:
+    """Two scenes that differ in one thing, and a question that they answer differently.
+
+    Spans and labels are as in `pairs`.
+
+    Raises:
+        ValueError: scenes that do not differ in exactly one thing, or one that has no answer.
+    """
+    changes = [a != b for a, b in zip(clean.things, corrupt.things, strict=True)]
+    if sum(changes) != 1 or None in (question.answer(clean), question.answer(corrupt)):
+        raise ValueError(
+            f"{question.text!r}: the scenes differ in {sum(changes)} things and are answered "
+            f"{question.answer(clean)!r} and {question.answer(corrupt)!r}; change exactly one "
+            "thing, so that the question keeps an answer"
+        )
+    if form == "text":
+        return _text_pair(clean, corrupt, question)
+    picture = model.encode(model.image_token, clean.render()).layout
+    return _image_pair(clean, corrupt, question, model.image_token, picture)
+
+
+def color_pairs(
+    model: HookedMultimodal, n: int, seed: int = 0, form: Form = "image"
+) -> PairDataset:
+    """Minimal pairs that differ in the color of the thing asked about; see `pairs`."""
+    return pairs(model, "color", n, seed, form)
+
+
+def _text_pair(clean: Scene, corrupt: Scene, question: Question) -> Pair:
+    changed = _changed(clean, corrupt)
+    spans: dict[str, Where] = {"object": Words(clean.things[changed].describe())}
+    for index in _bystanders(clean, question, changed):
+        spans.setdefault("distractor", Words(clean.things[index].describe()))
+    prompts = [Prompt(prompt(question, scene)) for scene in (clean, corrupt)]
+    return _pair(prompts, (clean, corrupt), question, spans, "text")
+
+
+def _image_pair(
+    clean: Scene, corrupt: Scene, question: Question, token: str, picture: TokenLayout
+) -> Pair:
+    """A pair of pictures; `picture` is the layout of one, to tell which cells share patches."""
+    changed = _changed(clean, corrupt)
+    spans = {"object": _cell_box(clean.things[changed])}
+    further = [("object_corrupt", corrupt.things[changed])]
+    further += [("distractor", clean.things[i]) for i in _bystanders(clean, question, changed)]
+    for name, thing in further:
+        if name not in spans and _apart(picture, _cell_box(thing), spans.values()):
+            spans[name] = _cell_box(thing)
+    text = prompt(question).replace("<image>", token)
+    prompts = [Prompt(text, (scene.render(),)) for scene in (clean, corrupt)]
+    return _pair(prompts, (clean, corrupt), question, spans, "image")
+
+
+def _pair(
+    prompts: Sequence[Prompt],
+    scenes: tuple[Scene, Scene],
+    question: Question,
+    spans: Mapping[str, Where],
+    form: Form,
+) -> Pair:
+    clean, corrupt = prompts
+    answer, foil = (str(question.answer(scene)) for scene in scenes)
+    meta = {"kind": question.kind, "form": form, "asked": " ".join(question.about)}
+    return Pair(clean, corrupt, answer, foil, spans, meta)
+
+
+def _changed(clean: Scene, corrupt: Scene) -> int:
+    """Index of the one thing that differs."""
+    things = zip(clean.things, corrupt.things, strict=True)
+    return next(i for i, (one, other) in enumerate(things) if one != other)
+
+
+def _bystanders(scene: Scene, question: Question, changed: int) -> Iterator[int]:
+    """Things that neither change nor are asked about."""
+    asked = question.asked(scene)
+    return (i for i in range(len(scene.things)) if i != changed and i not in asked)
+
+
+def _cell_box(thing: Thing) -> Box:
+    side = PIXELS / GRID
+    left, top = thing.column * side, thing.row * side
+    return Box(left, top, left + side, top + side)
+
+
+def _apart(picture: TokenLayout, box: Box, others: Iterable[Box]) -> bool:
+    """Whether a box shares no patch with the others."""
+    taken = {cell for other in others for cell in picture.patches(other).cells}
+    return taken.isdisjoint(picture.patches(box).cells)
+
+
+__all__ = [
+    "ATTRIBUTE",
+    "HELD_OUT",
+    "Form",
+    "Sampler",
+    "color_pairs",
+    "digit_label",
+    "pairs",
+    "prompt",
+    "scene_pair",
+]

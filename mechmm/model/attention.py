@@ -67,7 +67,19 @@ def listening(hook: HookPoint) -> bool:
 
 def fire(hook: HookPoint, value: Tensor) -> Tensor:
     """The value that everything downstream sees; an in-place edit stays out of the original."""
-    return hook(value.clone()) if listening(hook) else value
+    if not listening(hook):
+        return value
+    new = hook(with_strides(value, value.stride()))
+    laid_out = new.stride() == value.stride() or new.shape != value.shape
+    return new if laid_out else with_strides(new, value.stride())
+
+
+def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy with given strides: in another memory layout the same product may round otherwise."""
+    if any(step == 0 and size > 1 for step, size in zip(strides, value.shape, strict=True)):
+        return value.clone()
+    empty = torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+    return empty.copy_(value)
 
 
 def _fire_heads_first(hook: HookPoint, value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -95,8 +96,17 @@ class Batch:
         if positions is None:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         extra = {name: value for name, value in inputs.items() if value is not None}
+        _check_names(model, extra)
         _check_pixels(model, extra)
         return cls(ids, mask, positions, extra, layout_of(model, ids, mask, extra))
+
+
+def _check_names(model: HookedMultimodal, extra: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(model.hf_model.forward).parameters.values()
+    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    unknown = [name for name in extra if name not in known]
+    if unknown:
+        raise InputError(f"the model has no input {unknown[0]!r}; it takes {', '.join(known)}")
 
 
 def _check_pixels(model: HookedMultimodal, extra: Mapping[str, Any]) -> None:
@@ -186,8 +196,6 @@ def open_picture(picture: Picture, prompt: int) -> Image.Image:
     Raises:
         InputError: where the file is missing, truncated or no image, or the array has a wrong shape.
     """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
             raise InputError(
@@ -196,11 +204,14 @@ def open_picture(picture: Picture, prompt: int) -> Image.Image:
             )
         return Image.fromarray(picture)
     try:
+        if isinstance(picture, Image.Image):
+            return picture.convert("RGB")
         with Image.open(picture) as opened:
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
+        name = str(getattr(picture, "filename", picture))
         raise InputError(
-            f"prompt {prompt}: {str(picture)!r} is missing, truncated or no image file ({error}); "
+            f"prompt {prompt}: {name!r} is missing, truncated or no image file ({error}); "
             "check the file or give another"
         ) from error
 
@@ -225,6 +236,9 @@ def per_prompt(texts: Sequence[str], images: Any, token: str) -> list[list[Pictu
     elif len(texts) == 1 and all(isinstance(image, Picture) for image in images):
         groups = [list(images)]
     else:
+        wrong = [entry for entry in images if not isinstance(entry, Picture | Sequence)]
+        if wrong:
+            raise InputError(f"{wrong[0]!r} is no picture; for a text without one give []")
         groups = [[entry] if isinstance(entry, Picture) else list(entry) for entry in images]
     if len(groups) != len(texts):
         raise InputError(

@@ -171,7 +171,7 @@ def family_of(architecture: str) -> Family:
         raise UnknownArchitectureError(
             f"no row for architecture {architecture!r}; known: {', '.join(sorted(FAMILIES))}. "
             "To add it, write one Family row in mechmm/model/families.py (CONTRIBUTING.md, "
-            "'How to add a family') and pass the model to HookedMultimodal.from_hf"
+            "'Add a model family') and pass the model to HookedMultimodal.from_hf"
         )
     return FAMILIES[architecture]
 
@@ -186,6 +186,6 @@ def stack_of(model_type: str, prefix: str) -> Stack:
         raise UnknownArchitectureError(
             f"tower {prefix!r}: no row for model_type {model_type!r}; known: "
             f"{', '.join(sorted(STACKS))}. To add it, write one Stack row in "
-            "mechmm/model/families.py (CONTRIBUTING.md, 'How to add a family')"
+            "mechmm/model/families.py (CONTRIBUTING.md, 'Add a model family')"
         )
     return STACKS[model_type]

@@ -16,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.HookedRootModule import HookedRootModule
-from transformer_lens.utilities import Slice, SliceInput
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from mechmm.model import attention
@@ -73,6 +72,7 @@ class HookedMultimodal(HookedRootModule):
         object.__setattr__(self, "_overlay", Overlay(self))
         self._lay()
         self.setup()
+        self.eval()
 
     towers: dict[str, Tower]
     _overlay: Overlay
@@ -329,6 +329,7 @@ class HookedMultimodal(HookedRootModule):
         """
         if self.hf_model.training:
             raise ValueError("the model is in training mode; call model.hf_model.eval() first")
+        self._check_attention()
         if isinstance(batch, Tensor):
             batch = Batch.from_inputs(self, input_ids=batch)
         if not isinstance(batch, Batch):
@@ -345,6 +346,16 @@ class HookedMultimodal(HookedRootModule):
             **batch.inputs, use_cache=False, logits_to_keep=logits_to_keep
         ).logits
 
+    def _check_attention(self) -> None:
+        """Refuse to run where the attention hooks would be dead."""
+        for name, tower in self.towers.items():
+            now = tower.root.config._attn_implementation  # type: ignore[union-attr]
+            if now != attention.NAME:
+                raise ValueError(
+                    f"attention of tower {name!r} was set to {now!r}, so its hooks would not fire: "
+                    "the model was unwrapped, or its config changed; wrap it again with from_hf"
+                )
+
     @torch.no_grad()
     def generate(self, batch: Batch, **options: Any) -> Int[Tensor, "batch new"]:
         """Generate with hooks live at every step, cached decoding included.
@@ -359,10 +370,12 @@ class HookedMultimodal(HookedRootModule):
         Raises:
             InputError: prompts of different lengths padded on the right.
         """
+        self._check_attention()
         if (batch.attention_mask[:, -1] == 0).any():
             raise InputError("generation continues at the last position; encode with padding_side='left'")
         inputs = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
-        whole: Any = self.hf_model.generate(**inputs, **options)
+        generate: Any = self.hf_model.generate
+        whole = generate(**inputs, **options)
         return whole[:, batch.input_ids.shape[1] :]
 
     def run_with_cache(  # type: ignore[override]
@@ -374,7 +387,7 @@ class HookedMultimodal(HookedRootModule):
         incl_bwd: bool = False,
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
-        pos_slice: Slice | SliceInput | None = None,
+        pos_slice: Any = None,
         **model_kwargs: Any,
     ) -> tuple[Tensor, ActivationCache]:
         """Logits and a `transformer_lens.ActivationCache`.

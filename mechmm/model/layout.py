@@ -277,7 +277,9 @@ class TokenLayout:
         pieces = [self.tokens[prompt][position] for position in positions]
         owners = [p for p, piece in zip(positions, pieces, strict=True) for _ in piece]
         wanted = r"\s*".join(re.escape(word) for word in words.text.split())
-        pattern = rf"(?<!\w){wanted}(?!\w)" if wanted else r"(?!)"
+        # A word ends where it does in the text; punctuation may touch the word beside it.
+        bounded = rf"(?:(?<!\w)|(?=\W)){wanted}(?:(?!\w)|(?<=\W))"
+        pattern = bounded if wanted else r"(?!)"
         text = "".join(pieces)
         found = list(re.finditer(pattern, text, re.IGNORECASE))
         if not 0 <= words.nth < len(found):
@@ -291,5 +293,6 @@ class TokenLayout:
 
 def _touched(low: float, high: float, pixels: int, cells: int) -> range:
     """Cells of a row of `cells` over `pixels` that the interval [low, high) touches."""
-    size = pixels / cells
-    return range(int(low // size), min(cells, int(np.ceil(high / size))))
+    first, last = (edge * cells / pixels for edge in (low, high))
+    slack = 1e-9 * cells  # the edge of a cell is not exactly its number times its size
+    return range(int(first + slack), min(cells, int(np.ceil(last - slack))))

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 from mechmm.model import attention
-from mechmm.model.attention import AttentionHooks, fire, listening
+from mechmm.model.attention import AttentionHooks, fire, listening, with_strides
 from mechmm.model.families import Norm, Projector
 from mechmm.model.tower import Tower
 
@@ -234,12 +234,12 @@ class Overlay:
 def _replaced(output: Tensor, computed: Tensor, new: Tensor) -> Tensor:
     """The output of a module whose inside was computed again.
 
-    Where nothing was edited the result equals the module's own output exactly, and gradients still
-    flow through the hook point: rounding differences are added back as a constant.
+    Elements that no edit changed keep the module's own value exactly; gradients flow through the
+    computed one, and so through the hook point.
     """
-    if torch.equal(new, computed):
-        return new + (output - new).detach() if torch.is_grad_enabled() else output
-    return new.to(output.dtype)
+    kept = output.detach() + (new - computed.detach())
+    new = torch.where(new == computed, kept, new).to(output.dtype)
+    return with_strides(new, output.stride())
 
 
 def _moments(x: Tensor, module: nn.Module, kind: Norm) -> tuple[Tensor, Tensor]:

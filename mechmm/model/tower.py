@@ -73,12 +73,12 @@ class Tower:
         query_heads = config.num_attention_heads
         d_head = getattr(config, "head_dim", None) or config.hidden_size // query_heads
         parameter = next(self.root.parameters())
-        patches = getattr(config, "image_size", 0) // getattr(config, "patch_size", 1)
+        positions = self.module(f"{self.row.embed}.position_embedding")
         cfg = TowerConfig(
             d_model=config.hidden_size,
             d_head=d_head,
             n_layers=len(self.blocks),
-            n_ctx=getattr(config, "max_position_embeddings", None) or patches**2,
+            n_ctx=getattr(config, "max_position_embeddings", None) or len(positions.weight),  # type: ignore[union-attr, arg-type]
             n_heads=query_heads,
             n_key_value_heads=getattr(config, "num_key_value_heads", None) or query_heads,
             d_mlp=config.intermediate_size,

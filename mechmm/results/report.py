@@ -21,7 +21,7 @@ import plotly.graph_objects as go
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from mechmm.results.result import write_whole
+from mechmm.results.store import write_whole
 
 Content: TypeAlias = str | pd.DataFrame | Image.Image | go.Figure
 """Text (a blank line starts a paragraph), a table, a picture, or a figure."""
@@ -146,7 +146,8 @@ def _table(table: pd.DataFrame) -> str:
         columns.insert(0, (str(table.index.name or ""), pd.Series(shown.index.to_numpy())))
     sides = [' class="number"' if _is_numeric(column) else "" for _, column in columns]
     heads = [
-        f"<th{side}>{escape(name)}</th>" for side, (name, _) in zip(sides, columns, strict=True)
+        f"<th{side}>{escape(name).replace('_', '_<wbr>')}</th>"
+        for side, (name, _) in zip(sides, columns, strict=True)
     ]
     rows = [
         [f"<td{side}>{escape(text)}</td>" for side, text in zip(sides, texts, strict=True)]
@@ -237,13 +238,13 @@ nav ol { margin: 0 0 32px; padding-left: 20px; }
 a { color: #2166ac; }
 section { margin-bottom: 44px; }
 .wide { max-width: 100%; overflow-x: auto; margin: 0 0 16px; }
-table { border-collapse: collapse; font-size: 14px; line-height: 1.4; }
+table { border-collapse: collapse; font-size: 13px; line-height: 1.4; }
 .plot { margin-left: -24px; max-width: calc(100% + 48px); }
-th, td { padding: 6px 14px 6px 0; text-align: left; border-bottom: 1px solid var(--line);
+th, td { padding: 5px 10px 5px 0; text-align: left; border-bottom: 1px solid var(--line);
   vertical-align: top; }
-th { font-weight: 600; color: var(--faint); white-space: nowrap; }
-th.number, td.number { text-align: right; padding-left: 14px; white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
+th { font-weight: 600; color: var(--faint); }
+th.number, td.number { text-align: right; padding-left: 8px; }
+td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
 img { display: block; max-width: 100%; height: auto; margin: 0 0 16px;
   border: 1px solid var(--line); }
 img.crisp { image-rendering: pixelated; }

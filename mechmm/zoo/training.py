@@ -57,7 +57,7 @@ PHASES = (
     Phase("find", EASY, 800, 1e-3, 32, until=0.99),
     Phase("find in words", EASY, 3000, 1e-3, 48, until=0.95, forms=("text",)),
     Phase("compare in words", HARD, 910, 1e-3, 48, until=0.93, forms=("text",)),
-    Phase("compare", HARD, 1200, 1e-3, 32, until=0.93),
+    Phase("compare", HARD, 700, 1e-3, 32, until=0.93),
     Phase("all", tuple(KINDS), 3600, 1e-3, 32),
 )
 QUESTIONS = 6

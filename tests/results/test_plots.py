@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mechmm.results import plots
+from mechmm.results.values import numbers
 
 RNG = np.random.default_rng(0)
 
@@ -100,9 +101,11 @@ def test_what_does_not_fit_a_heat_map_is_refused(bad: str) -> None:
     if bad == "low":
         options |= {"low": None}
     if bad == "null":
-        options |= {"null": (np.zeros(5), 1.0)}
+        options |= {"null": (float("nan"), 1.0)}
     rows = ["a"] if bad == "rows" else ["a", "b"]
-    with pytest.raises(ValueError, match="row" if bad == "rows" else "bound"):
+    with pytest.raises(
+        ValueError, match={"rows": "row", "low": "bound", "null": "not two numbers"}[bad]
+    ):
         plots.heat_map(np.zeros((2, 3)), rows, "abc", "t", x_title="", y_title="", **options)
 
 
@@ -169,15 +172,6 @@ def test_a_large_picture_is_shrunk_and_smoothed() -> None:
     assert figure.data[0].zsmooth == "fast"
 
 
-def test_a_slider_shows_one_layer_at_a_time() -> None:
-    figure = plots.patch_overlay(picture(), RNG.normal(size=(3, 4, 4)), "t", slider=True)
-    assert [cells.visible for cells in maps_of(figure)] == [True, False, False]
-    for i, step in enumerate(figure.layout.sliders[0].steps):
-        change, traces = step.args
-        assert change["visible"] == [i == other for other in range(3)]
-        assert all(isinstance(figure.data[trace], go.Heatmap) for trace in traces)
-
-
 def test_overlay_texts_are_shown_escaped_and_checked() -> None:
     texts = np.full((2, 2), "<cat>", dtype=object)
     figure = plots.patch_overlay(picture(), np.ones((2, 2)), "t", texts=texts)
@@ -209,6 +203,43 @@ def test_bars_hold_values_intervals_and_the_null() -> None:
     assert figure.layout.yaxis.ticktext[2] == "&lt;b&gt;"
 
 
+def test_one_example_has_no_interval() -> None:
+    unknown, values = np.full(2, np.nan), np.array([0.5, 0.2])
+    bar = plots.bars("ab", values, unknown, unknown, "t").data[0]
+    assert bar.error_x.array is None
+    assert "interval" not in "".join(bar.hovertext)
+    some = plots.bars("ab", values, np.array([0.4, np.nan]), values + 0.1, "t").data[0]
+    assert ["interval" in text for text in some.hovertext] == [True, False]
+    assert np.isnan(some.error_x.array[1])
+    assert np.isnan(some.error_x.arrayminus[1])
+    bounds = {"low": np.array([[0.4, np.nan]]), "high": np.array([[0.6, np.nan]])}
+    for n, given in ((1, {k: v * np.nan for k, v in bounds.items()}), (2, bounds)):
+        figure = plots.heat_map(values[None], "a", "bc", "t", x_title="", y_title="", **given)
+        hover = maps_of(figure)[0].hovertext[0]
+        assert ["interval" in text for text in hover] == [n == 2, False]
+        assert ("interval" in figure.layout.title.subtitle.text) == (n == 2)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "names"),
+    [
+        ((6, 6), (5, 5), "a span of length"),
+        ((8, 4), (6, 4), ""),
+        ((6, 1, 6), (5, 1, 5), "span"),
+        ((4, 4), (200, 20), "token"),
+    ],
+)
+def test_heat_maps_fit_the_page(
+    rows: tuple[int, ...], columns: tuple[int, ...], names: str
+) -> None:
+    maps = {
+        f"tower {i}": (np.ones((r, c)), list(range(r)), [f"{names}{j}" for j in range(c)])
+        for i, (r, c) in enumerate(zip(rows, columns, strict=True))
+    }
+    figure = plots.tower_maps(maps, "t", n=24, nulls=dict.fromkeys(maps, (-0.011, 0.02)))
+    assert figure.layout.width <= 1150
+
+
 def test_what_does_not_fit_bars_is_refused() -> None:
     with pytest.raises(ValueError, match="1 names"):
         plots.bars(["a"], [1.0, 2.0], None, None, "t")
@@ -227,7 +258,7 @@ def test_what_does_not_fit_bars_is_refused() -> None:
     ],
 )
 def test_numbers_have_as_many_decimals_as_they_need(values: list[float], texts: list[str]) -> None:
-    assert plots._numbers(np.array(values)).tolist() == texts
+    assert numbers(np.array(values)).tolist() == texts
 
 
 def test_fonts_are_legible() -> None:

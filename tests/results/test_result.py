@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mechmm.results.result import Result, concat, write_whole
+from mechmm.results.result import Result, concat
+from mechmm.results.store import write_whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +156,10 @@ def test_an_existing_folder_is_refused_unless_empty(tmp_path: Path) -> None:
         (pd.DataFrame({"when": pd.to_datetime(["2020-01-01"])}), "`extra.when` is a Timestamp"),
         (pd.DataFrame({"kind": pd.Categorical(["a"], ["a", "b"])}), "would change when stored"),
         (pd.DataFrame({"cell": [np.zeros(2)]}), "use a field for them"),
-        (pd.DataFrame({"x": [1]}, index=pd.MultiIndex.from_tuples([(0, 1)])), "several levels"),
+        (
+            pd.DataFrame({"x": [1]}, pd.MultiIndex.from_tuples([(0, 1)], names=("a", "b"))),
+            "`reset_index()",
+        ),
     ],
 )
 def test_what_cannot_be_stored_is_named_and_leaves_nothing(

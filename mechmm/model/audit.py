@@ -1,0 +1,211 @@
+"""Runs every advertised hook point and reports whether it is alive.
+
+A hook point is *live* when it fires, an edit of it changes the logits, and a gradient of the logits
+reaches it. The effect of an edit is
+
+    max |logits(a + e) - logits(a)|,   e = +-(1/2) rms(a) with random signs,
+
+over positions that are not padding. Both runs have a hook at the point, the second one a hook that
+returns nothing: so both take the same path through attention, and rounding cancels exactly.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from mechmm.model.batch import Batch
+from mechmm.model.hooked import HookedMultimodal
+
+LIVE, UNUSED, DEAD = "live", "unused by this model", "dead"
+SMALLEST = 1e-6
+"""An effect below this share of the largest logit counts as none."""
+
+
+@dataclass(frozen=True)
+class HookAudit:
+    """What the audit saw at one hook point.
+
+    Attributes:
+        name: of the hook point.
+        shape: of the activation at its first firing, None where it never fired.
+        fired: how often it fired in one run.
+        effect: largest absolute change of a logit by an edit.
+        gradient: whether a nonzero gradient of the logits reaches it.
+        status: `live`, `unused by this model` or `dead`.
+        reason: why it is not live, empty where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...] | None
+    fired: int
+    effect: float
+    gradient: bool
+    status: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The audit of a model on one batch, one entry per hook point.
+
+    Attributes:
+        model: architecture and size, as text.
+        hooks: in the order of `model.hook_dict`.
+    """
+
+    model: str
+    hooks: tuple[HookAudit, ...]
+
+    @property
+    def dead(self) -> list[str]:
+        """Names of the hook points that ought to be live and are not."""
+        return [hook.name for hook in self.hooks if hook.status == DEAD]
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of the hook points that this model's configuration leaves unread."""
+        return [hook.name for hook in self.hooks if hook.status == UNUSED]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-able record per hook point."""
+        return [{**asdict(hook), "shape": hook.shape and list(hook.shape)} for hook in self.hooks]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per hook point: name, shape, fired, effect, gradient, status, reason."""
+        return pd.DataFrame([asdict(hook) for hook in self.hooks])
+
+    def table(self) -> str:
+        """Every hook point as a line of text."""
+        return self.to_dataframe().to_string(index=False)
+
+    def __str__(self) -> str:
+        """Counts, then every hook point that is not live with its reason."""
+        counts = Counter(hook.status for hook in self.hooks)
+        head = ", ".join(f"{counts[status]} {status}" for status in (LIVE, UNUSED, DEAD))
+        others = [hook for hook in self.hooks if hook.status != LIVE]
+        lines = [f"  {hook.status}: {hook.name} ({hook.reason})" for hook in others]
+        title = f"{self.model}\n{len(self.hooks)} hook points: {head}"
+        return "\n".join([title, *lines])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one hook point did: firings, effect of an edit, size of the largest logit."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    effect: float
+    scale: float
+
+
+def audit(model: HookedMultimodal, batch: Batch, *, seed: int = 0) -> Audit:
+    """Run, edit and differentiate every hook point of a model.
+
+    Two forward passes per hook point, and one forward and backward pass for all of them. No hook
+    and no parameter gradient is left behind. Hooks that the caller has set stay on and take part.
+
+    Args:
+        model: the model.
+        batch: a small batch with at least one image, so that every tower runs.
+        seed: of the edits and of the direction in which the logits are differentiated.
+
+    Raises:
+        ValueError: for a batch without prompts, or without images (no hook of a tower would fire).
+    """
+    if not len(batch):
+        raise ValueError("the batch is empty; encode at least one prompt with an image")
+    if batch.layout.text_only:
+        raise ValueError(
+            "the batch has no image, so no hook outside the language model could fire; encode a "
+            "prompt with an image"
+        )
+    gradients = _gradients(model, batch, seed)
+    unread = model.family.unread(model.config)
+    runs = {name: _edit(model, batch, name, seed) for name in model.hook_dict}
+    hooks = (_judge(name, run, gradients[name], unread) for name, run in runs.items())
+    return Audit(repr(model), tuple(hooks))
+
+
+def _edit(model: HookedMultimodal, batch: Batch, name: str, seed: int) -> _Run:
+    """The effect on the logits of an edit at one hook point."""
+    shapes: list[tuple[int, ...]] = []
+
+    def watch(value: Tensor, hook: HookPoint) -> None:
+        shapes.append(tuple(value.shape))
+
+    def disturb(value: Tensor, hook: HookPoint) -> Tensor:
+        return value + _noise(value, seed)
+
+    with torch.no_grad():
+        plain = _logits(model, batch, name, watch)
+        edited = _logits(model, batch, name, disturb)
+    return _Run(tuple(shapes), float((edited - plain).abs().max()), float(plain.abs().max()))
+
+
+def _logits(model: HookedMultimodal, batch: Batch, name: str, hook: Any) -> Tensor:
+    """Logits [position, vocab] of all positions that are not padding, in float32."""
+    logits = model.run_with_hooks(batch, fwd_hooks=[(name, hook)])
+    return logits[batch.attention_mask.bool()].float()
+
+
+def _noise(value: Tensor, seed: int) -> Tensor:
+    """Half the root mean square of an activation, with random signs.
+
+    Entries at the lowest number (masked scores) do not count towards the size.
+    """
+    ordinary = value[value.abs() < torch.finfo(value.dtype).max / 2].float()
+    size = float(ordinary.square().mean().sqrt()) if ordinary.numel() else 0.0
+    random = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, value.shape, generator=random) * 2 - 1
+    return (signs * (size or 1.0) / 2).to(value.device, value.dtype)
+
+
+def _gradients(model: HookedMultimodal, batch: Batch, seed: int) -> dict[str, bool]:
+    """Whether the logits, along a random direction, have a gradient at each hook point.
+
+    `torch.autograd.grad` is asked for the hooked tensors alone: parameters keep their gradients.
+    """
+    caught: dict[str, list[Tensor]] = defaultdict(list)
+
+    def catch(value: Tensor, hook: HookPoint) -> None:
+        if not value.requires_grad:
+            value.requires_grad_()
+        caught[str(hook.name)].append(value)
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(lambda name: True, catch)]):
+        logits = model(batch)[batch.attention_mask.bool()].float()
+        direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
+        target = (logits * direction.to(logits.device)).sum()
+    tensors = [value for values in caught.values() for value in values]
+    found = iter(torch.autograd.grad(target, tensors, allow_unused=True))
+    reached = {name: [_nonzero(next(found)) for _ in values] for name, values in caught.items()}
+    return {name: any(reached.get(name, ())) for name in model.hook_dict}
+
+
+def _nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.abs().max() > 0)
+
+
+def _judge(name: str, run: _Run, gradient: bool, unread: Mapping[str, str]) -> HookAudit:
+    """The verdict on one hook point."""
+    lacks = []
+    if not run.shapes:
+        lacks.append("it never fired")
+    elif not run.effect > SMALLEST * run.scale:
+        lacks.append("an edit changes no logit")
+    if run.shapes and not gradient:
+        lacks.append("no gradient reaches it")
+    excuse = next((why for pattern, why in unread.items() if re.fullmatch(pattern, name)), None)
+    status = LIVE if not lacks else DEAD if excuse is None else UNUSED
+    reason = "; ".join(lacks) if status == DEAD else excuse if status == UNUSED else ""
+    shape = run.shapes[0] if run.shapes else None
+    return HookAudit(name, shape, len(run.shapes), run.effect, gradient, status, reason or "")

@@ -1,0 +1,49 @@
+"""The shipped demo model knows what its card says, and the demo runs as a newcomer runs it."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+from typer.testing import CliRunner
+
+import mechmm as mm
+from mechmm import cli
+from mechmm.data.questions import KINDS
+from mechmm.zoo.evaluation import evaluate
+
+FOLDER = files("mechmm") / "zoo" / "demo"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
+
+
+def test_it_is_small_enough_to_ship():
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 15e6
+
+
+def test_accuracy_on_scenes_never_seen(model):
+    table = evaluate(model, n=120, seed=7)
+    fresh = table[table["about"] == "fresh scenes"]
+    assert set(fresh["kind"]) == set(KINDS) and set(fresh["form"]) == {"image", "text"}
+    digits = table[table["about"] == "every test digit"]
+    others = fresh[~((fresh["form"] == "image") & fresh["kind"].isin(["digit", "beside"]))]
+    # The bars of the card less twice the standard error of 120 questions.
+    assert (others["accuracy"] >= 0.94).all(), fresh
+    assert (digits["accuracy"] >= 0.95).all() and (digits["n"] == 360).all()
+
+
+def test_no_hook_is_dead(model):
+    pair = next(mm.data.shapes.color_pairs(model, n=1).batches(1))
+    found = mm.audit(model, pair.clean)
+    assert found.dead == []
+
+
+def test_the_demo_writes_its_page(tmp_path):
+    answer = CliRunner().invoke(cli.app, ["demo", "--out", str(tmp_path)])
+    assert answer.exit_code == 0, answer.output
+    page = (tmp_path / "report.html").read_text()
+    assert "What color is the circle?" in page and "vision layer 0" in page
+    assert "http://" not in page.split("<body")[0].split("</style>")[0]
