@@ -15,7 +15,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-zoo = typer.Typer(help="The shipped demo model: train it, evaluate it, read its card.", no_args_is_help=True)
+zoo = typer.Typer(
+    help="The shipped demo model: train it, evaluate it, read its card.", no_args_is_help=True
+)
 app.add_typer(zoo, name="zoo")
 
 Name = Annotated[str, typer.Argument(help="A hub name, a local folder, or mechmm/demo (shipped).")]
@@ -99,7 +101,9 @@ def train(
 
 @zoo.command()
 def evaluate(
-    name: Annotated[str, typer.Option("--model", help="mechmm/demo or a local folder.")] = "mechmm/demo",
+    name: Annotated[
+        str, typer.Option("--model", help="mechmm/demo or a local folder.")
+    ] = "mechmm/demo",
     n: Annotated[int, typer.Option(help="Questions per row.")] = 500,
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
     as_json: AsJson = False,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import permutations
 
-from mechmm.data.scenes import CELLS, COLORS, GRID, SHAPES, Scene, Thing
+from mechmm.data.scenes import CELLS, COLORS, SHAPES, Scene, Thing
 
 NOTHING = "nothing"
 PRIOR = {"heart": "red", "star": "yellow", "diamond": "blue"}
@@ -143,16 +143,10 @@ def _each(words) -> Callable[[Scene], Iterator[tuple[str, ...]]]:
 
 
 KINDS: dict[str, Kind] = {
-    "color": Kind(
-        "what color is the {} ?", _named, _one(lambda t: t.color, _named), _shapes_in
-    ),
-    "shape": Kind(
-        "what shape is {} ?", _colored, _one(lambda t: t.shape, _colored), _each(COLORS)
-    ),
+    "color": Kind("what color is the {} ?", _named, _one(lambda t: t.color, _named), _shapes_in),
+    "shape": Kind("what shape is {} ?", _colored, _one(lambda t: t.shape, _colored), _each(COLORS)),
     "cell": Kind("what is in {} ?", _in_cell, _cell_answer, _each(CELLS)),
-    "where": Kind(
-        "where is the {} ?", _named, _one(lambda t: CELLS[t.cell], _named), _shapes_in
-    ),
+    "where": Kind("where is the {} ?", _named, _one(lambda t: CELLS[t.cell], _named), _shapes_in),
     "count": Kind(
         "how many things are {} ?",
         _colored,
@@ -168,15 +162,16 @@ KINDS: dict[str, Kind] = {
     "horizontal": Kind(
         "is the {} left or right of the {} ?", _named, _two(_horizontal), _shape_pairs_in
     ),
-    "vertical": Kind(
-        "is the {} above or below the {} ?", _named, _two(_vertical), _shape_pairs_in
-    ),
+    "vertical": Kind("is the {} above or below the {} ?", _named, _two(_vertical), _shape_pairs_in),
     "digit": Kind(
         "what digit is shown ?", _digits, _one(lambda t: t.name, _digits), lambda scene: iter([()])
     ),
     "beside": Kind("what digit is beside the {} ?", _beside, _beside_answer, _shapes_in),
 }
 """The question kinds by name."""
+
+TWO_HOPS = ("beside",)
+"""Kinds that the demo model was trained on and has not learned: it picks one of the two digits."""
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "color": tuple(COLORS),
@@ -191,5 +186,3 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "beside": tuple("0123456789"),
 }
 """Every answer that a kind can have."""
-
-assert GRID * GRID == len(CELLS)

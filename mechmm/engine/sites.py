@@ -20,7 +20,7 @@ from mechmm.model.layout import IMAGE, PADDING, TokenLayout
 
 COLUMNS = ("hook", "tower", "layer", "kind", "head", "span", "position", "count")
 TEXT_SPANS = ("text", "question", "last", "before_image")
-RANDOM = "random"
+RANDOM = "random "
 
 
 @dataclass(frozen=True)
@@ -150,20 +150,24 @@ def projector(model: HookedMultimodal, spans: Sequence[str] = ("image",)) -> Sit
 
 
 def random_like(sites: Sites, layout: TokenLayout, n: int, seed: int = 0) -> Sites:
-    """The null: for each tower and kind, `n` sites with a random layer and head of that group and
-    as many random positions as a random site of the group covers in the first prompt."""
+    """The null: for each tower, kind and span, `n` sites with a random layer and head of that group
+    and random positions, as many as the span covers in the first prompt.
+
+    Their span reads `random object`, where `object` is the span that they stand beside.
+    """
     rng = np.random.default_rng(seed)
     rows = []
-    for _, group in sites.table.groupby(["tower", "kind"], sort=False):
-        for index in rng.integers(len(group), size=n):
-            site = group.iloc[int(index)]
-            other = group.iloc[int(rng.integers(len(group)))]
-            count = len(places(site, layout, 0))
-            rows.append({**other.to_dict(), "span": RANDOM, "position": None, "count": count})
+    for (_, _, span), group in sites.table.groupby(["tower", "kind", "span"], sort=False):  # type: ignore[misc]
+        count = len(places(group.iloc[0], layout, 0))
+        place = {"span": f"{RANDOM}{span}", "position": None, "count": count}
+        chosen = rng.integers(len(group), size=n) if count else []
+        rows += [{**group.iloc[int(index)].to_dict(), **place} for index in chosen]
     return _table(rows)
 
 
-def places(site: pd.Series, layout: TokenLayout, prompt: int, seed: int = 0) -> list[tuple[int, int]]:
+def places(
+    site: pd.Series, layout: TokenLayout, prompt: int, seed: int = 0
+) -> list[tuple[int, int]]:
     """(row, position) of a site in its hook's tensor, for one prompt.
 
     The row is the prompt for the language model, and the image, counted over the whole batch, for
@@ -174,7 +178,7 @@ def places(site: pd.Series, layout: TokenLayout, prompt: int, seed: int = 0) -> 
         ValueError: for a position outside the sequence.
     """
     every = _everything(site.tower, layout, prompt)
-    if site.span == RANDOM:
+    if site.span.startswith(RANDOM):
         rng = np.random.default_rng([seed, int(site.name or 0), prompt])
         chosen = rng.choice(len(every), min(int(site["count"]), len(every)), replace=False)
         return [every[int(i)] for i in sorted(chosen)]

@@ -71,11 +71,16 @@ class Edit:
 
 def plan(pairs: PairDataset, sites: Sites, batch_size: int, tokens: int) -> Plan:
     """What `sweep` will run for these arguments."""
-    longest = max(batch.clean.input_ids.shape[1] for batch in pairs.batches(batch_size))
-    per_pass = max(1, tokens // (batch_size * longest))
-    batches = -(-len(pairs) // batch_size)
-    passes = batches * -(-len(sites) // per_pass)
-    return Plan(len(sites) * len(pairs), passes, per_pass * batch_size)
+    sizes = [batch.clean.input_ids.shape for batch in pairs.batches(batch_size)]
+    copies = [_copies(prompts * positions, tokens) for prompts, positions in sizes]
+    passes = sum(-(-len(sites) // several) for several in copies)
+    rows = max(several * prompts for several, (prompts, _) in zip(copies, sizes, strict=True))
+    return Plan(len(sites) * len(pairs), passes, rows)
+
+
+def _copies(size: int, tokens: int) -> int:
+    """How many copies of a batch of `size` tokens run together."""
+    return max(1, tokens // size)
 
 
 @torch.no_grad()
@@ -110,16 +115,16 @@ def sweep(
     at = 0
     for batch in pairs.batches(batch_size):
         runs = batch.clean if base == "clean" else batch.corrupt
-        per_pass = max(1, tokens // runs.input_ids.numel())
+        per_pass = _copies(runs.input_ids.numel(), tokens)
         given = donor.values(batch, at)
         answers = prepared(model, batch.clean, batch.answers, metric)
         for start in range(0, len(sites), per_pass):
             chunk = range(start, min(start + per_pass, len(sites)))
-            edits = list(_edits(sites.table, chunk, batch, given, seed))
+            edits: list[Any] = list(_edits(sites.table, chunk, batch, given, seed))
             with model.hooks(fwd_hooks=edits):
                 found = score(model, tile(runs, len(chunk)), answers.repeat(len(chunk)), metric)
-            values[start : chunk.stop, at : at + len(runs)] = found.float().cpu().view(
-                len(chunk), len(runs)
+            values[start : chunk.stop, at : at + len(runs)] = (
+                found.float().cpu().view(len(chunk), len(runs))
             )
             done += 1
             if report is not None:
@@ -140,7 +145,7 @@ def tile(batch: Batch, times: int) -> Batch:
         column=_repeat(layout.column, times),
         tokens=layout.tokens * times,
         grids=layout.grids * times,
-        sizes=layout.sizes * times,
+        windows=layout.windows * times,
         defined={name: _repeat(mask, times) for name, mask in layout.defined.items()},
     )
     return replace(
@@ -264,6 +269,12 @@ def _edits(
                 )
     for hook, found in parts.items():
         rows, positions, heads, values = zip(*found, strict=True)
-        yield hook, Edit(
-            torch.tensor(rows), torch.tensor(positions), torch.tensor(heads), torch.stack(values)
+        yield (
+            hook,
+            Edit(
+                torch.tensor(rows),
+                torch.tensor(positions),
+                torch.tensor(heads),
+                torch.stack(values),
+            ),
         )

@@ -15,7 +15,7 @@ Nanda 2404.15255 (denoising and noising).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, prepared, score
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.sites import Sites, random_like
+from mechmm.engine.sites import RANDOM, Sites, random_like
 from mechmm.engine.sweep import Report, Source, sweep
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
@@ -103,17 +103,15 @@ class Patching(Result):
         ends = np.stack([np.asarray(low), np.asarray(high)]) / scale
         return ends.min(0), ends.max(0)  # the scale is negative where the model prefers the foil
 
-    def null_range(self) -> dict[tuple[str, str], tuple[float, float]]:
-        """(tower, kind) -> where 95 % of the random sites' mean effects lie."""
+    def null_range(self) -> dict[tuple[str, str, str], tuple[float, float]]:
+        """(tower, kind, span) -> where 95 % of random sites of that size have their mean effect."""
         effects = self._mean(self.null).numpy()
-        groups = self.null_sites.groupby(["tower", "kind"], sort=False).indices
+        spans = self.null_sites["span"].str.removeprefix(RANDOM)
+        keys = list(zip(self.null_sites["tower"], self.null_sites["kind"], spans, strict=True))
         return {
-            (str(tower), str(kind)): (
-                float(np.quantile(effects[rows], 0.025)),
-                float(np.quantile(effects[rows], 0.975)),
-            )
-            for (tower, kind), rows in groups.items()  # type: ignore[misc]
-        }
+            key: tuple(np.quantile(effects[[k == key for k in keys]], (0.025, 0.975)).tolist())
+            for key in dict.fromkeys(keys)
+        }  # type: ignore[return-value]
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per site: where it is, raw mean, effect, its interval and the null range."""
@@ -124,14 +122,16 @@ class Patching(Result):
         table["value"] = self.values.mean(-1).numpy()
         table["effect"] = self.mean_effects().numpy()
         table["low"], table["high"] = low, high
-        keys = list(zip(table["tower"], table["kind"], strict=True))
+        keys = list(zip(table["tower"], table["kind"], table["span"], strict=True))
         table["null_low"] = [null.get(key, (np.nan, np.nan))[0] for key in keys]
         table["null_high"] = [null.get(key, (np.nan, np.nan))[1] for key in keys]
         return table
 
-    def strongest(self, n: int = 10) -> pd.DataFrame:
-        """The `n` sites with the largest absolute effect, as `to_dataframe` gives them."""
+    def strongest(self, n: int = 10, kinds: Sequence[str] | None = None) -> pd.DataFrame:
+        """The `n` sites (of some kinds) with the largest absolute effect, as in `to_dataframe`."""
         table = self.to_dataframe()
+        if kinds is not None:
+            table = table[table["kind"].isin(kinds)]
         return table.loc[table["effect"].abs().sort_values(ascending=False).index[:n]]
 
     def plot(self) -> dict[str, Figure]:
@@ -197,16 +197,21 @@ class Patching(Result):
                 [str(layer) for layer in wide.index],
                 [str(name) for name in wide.columns],
             )
-        nulls = {t: r for (t, k), r in self.null_range().items() if k == kind and t in maps}
+        ranges = self.null_range().items()
+        whole = {t: r for (t, k, span), r in ranges if k == kind and t in maps and span == "all"}
+        nulls = whole if column == "head" else None  # spans have a null each: see the table
         title = f"{kind}: {self.direction}, {self.metric}"
         n = len(self.clean)
         return plots.tower_maps(maps, title, x_title=column, n=n, nulls=nulls)
 
     def _bars(self) -> Figure:
-        top = self.strongest(15)
-        null = (float(top["null_low"].min()), float(top["null_high"].max()))
+        """Heads, attention and MLPs if there are any, else all sites; their null if it is one."""
+        parts = [kind for kind in ("head", "attn", "mlp") if (self.sites["kind"] == kind).any()]
+        top = self.strongest(15, parts or None)
+        nulls = set(zip(top["null_low"], top["null_high"], strict=True))
+        null = nulls.pop() if len(nulls) == 1 and top["null_low"].notna().all() else None
         effect, low, high = (top[name].to_numpy(float) for name in ("effect", "low", "high"))
-        title = f"strongest sites: {self.direction}, {self.metric}"
+        title = f"strongest {'components' if parts else 'sites'}: {self.direction}, {self.metric}"
         return plots.bars(top["label"].tolist(), effect, low, high, title, null=null)
 
 
@@ -229,7 +234,7 @@ def patch(
         sites: from `mechmm.sites`; both towers may be in one table.
         metric: larger = more the clean answer.
         direction: `"denoise"`, `"noise"`, or an ablation: `"zero"`, `"mean"`, `"resample"`.
-        n_null: random sites per tower and kind for the null.
+        n_null: random sites per tower, kind and span for the null.
         seed: of the null and of `resample`.
         batch_size: pairs that run together.
         tokens: prompts times positions of one forward pass, at most.

@@ -149,9 +149,7 @@ def _eager(
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 
-def _additive_mask(
-    mask: Tensor | None, query: Tensor, key: Tensor, causal: bool
-) -> Tensor | None:
+def _additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool) -> Tensor | None:
     """What `transformers`' eager attention would have been given."""
     q_len, k_len = query.shape[2], key.shape[2]
     if mask is None and causal and q_len > 1:

@@ -120,7 +120,8 @@ def _check_pixels(model: HookedMultimodal, extra: Mapping[str, Any]) -> None:
         )
     if pixels.device != model.device:
         raise InputError(
-            f"pixels are on {pixels.device}, the model is on {model.device}; call batch.to(model.device)"
+            f"pixels are on {pixels.device}, the model is on {model.device}; call "
+            "batch.to(model.device)"
         )
 
 
@@ -194,7 +195,7 @@ def open_picture(picture: Picture, prompt: int) -> Image.Image:
     """A picture as an RGB image.
 
     Raises:
-        InputError: where the file is missing, truncated or no image, or the array has a wrong shape.
+        InputError: where the file is missing, truncated or no image, or an array has a wrong shape.
     """
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:

@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Grid:
-    """The language positions that one image fills, in order, and where its patches sit in the tower.
+    """The language positions that one image fills, in order, and its patches' place in the tower.
 
     Attributes:
         rows, columns: size of the grid of image tokens.
-        extra: tokens before the grid that belong to the image but to no place in it (a class token).
+        extra: tokens before the grid that belong to no place in the image (a class token).
         tower_extra: positions of the tower's sequence before its first patch.
         skip: cells at the start of the grid that no token stands for.
         scale: patches per image token along one side (more than 1 where patches are merged).
@@ -46,3 +46,23 @@ def one_grid_per_image(config: Any, inputs: Mapping[str, Any]) -> list[Grid]:
         skip=int(first_dropped and not has_class_token),
     )
     return [grid] * len(inputs["pixel_values"])
+
+
+def window(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
+    """The part (left, top, right, bottom) of a picture that an image processor keeps, in pixels.
+
+    A picture resized to a fixed height and width is kept whole. One resized by its shortest edge
+    (CLIP, LLaVA-1.5) and cropped at the centre loses what lies beyond the crop; where the crop is
+    larger than the picture, it is padded, and the window reaches beyond the picture.
+    """
+    size, crop = image_processor.size, getattr(image_processor, "crop_size", None)
+    shortest = size.shortest_edge
+    if shortest is None:
+        scale = width / size.width, height / size.height
+    else:
+        scale = (min(width, height) / shortest,) * 2
+    if not getattr(image_processor, "do_center_crop", False) or crop is None:
+        return 0.0, 0.0, float(width), float(height)
+    across, down = crop.width * scale[0], crop.height * scale[1]
+    left, top = (width - across) / 2, (height - down) / 2
+    return left, top, left + across, top + down

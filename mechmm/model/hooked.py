@@ -1,10 +1,11 @@
-"""HookedMultimodal: a Hugging Face multimodal model with TransformerLens hook points on all of it."""
+"""HookedMultimodal: a Hugging Face multimodal model with hook points on all of it."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 from mechmm.model import attention
 from mechmm.model.batch import Batch, InputError, Picture, open_picture, per_prompt
 from mechmm.model.families import Family, UnknownArchitectureError, family_of, stack_of
+from mechmm.model.grids import window
 from mechmm.model.overlay import Overlay
 from mechmm.model.tower import WEIGHTS, Tower, TowerConfig
 
@@ -60,7 +62,9 @@ class HookedMultimodal(HookedRootModule):
                 "hf_model.eval() first"
             )
         if attention.NAME in _attention_of(hf_model).values():
-            raise ValueError("this Hugging Face model is wrapped already; call unwrap() on that first")
+            raise ValueError(
+                "this Hugging Face model is wrapped already; call unwrap() on that first"
+            )
         self.family: Family = family_of(type(hf_model).__name__)
         self.processor = processor
         # Outside the module tree, so that hook names stay ours and parameters stay its own.
@@ -225,7 +229,7 @@ class HookedMultimodal(HookedRootModule):
             text: one prompt or many; each has one placeholder (`model.image_token`) per picture.
             images: for one text, a picture or a list of pictures; for many, one such entry per
                 text. `images=[]` runs on text alone, on purpose.
-            padding_side: `"left"` (so that the last position of every prompt lines up) or `"right"`.
+            padding_side: `"left"` (the last positions of all prompts line up) or `"right"`.
 
         Raises:
             InputError: placeholders and pictures do not match, with the prompt and both counts; an
@@ -262,8 +266,9 @@ class HookedMultimodal(HookedRootModule):
                 value = value.to(self.device)
                 inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
         batch = Batch.from_inputs(self, **inputs)
-        sizes = tuple(tuple(picture.size for picture in group) for group in pictures)
-        layout = replace(batch.layout, sizes=sizes)
+        seen = partial(window, self.processor.image_processor)
+        windows = tuple(tuple(seen(*picture.size) for picture in group) for group in pictures)
+        layout = replace(batch.layout, windows=windows)
         return replace(batch, layout=layout, images=pictures)
 
     def token_texts(self, ids: Int[Tensor, "batch pos"]) -> tuple[tuple[str, ...], ...]:
@@ -342,9 +347,7 @@ class HookedMultimodal(HookedRootModule):
                 f"the batch is on {batch.input_ids.device}, the model on {self.device}; call "
                 "batch.to(model.device)"
             )
-        return self.hf_model(
-            **batch.inputs, use_cache=False, logits_to_keep=logits_to_keep
-        ).logits
+        return self.hf_model(**batch.inputs, use_cache=False, logits_to_keep=logits_to_keep).logits
 
     def _check_attention(self) -> None:
         """Refuse to run where the attention hooks would be dead."""
@@ -372,7 +375,9 @@ class HookedMultimodal(HookedRootModule):
         """
         self._check_attention()
         if (batch.attention_mask[:, -1] == 0).any():
-            raise InputError("generation continues at the last position; encode with padding_side='left'")
+            raise InputError(
+                "generation continues at the last position; encode with padding_side='left'"
+            )
         inputs = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
         generate: Any = self.hf_model.generate
         whole = generate(**inputs, **options)

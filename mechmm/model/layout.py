@@ -54,6 +54,9 @@ class Patches:
     image: int = 0
 
 
+Window = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels."""
+
 Where = Box | Words | Patches
 """Anything that names positions of one prompt."""
 
@@ -68,7 +71,8 @@ class TokenLayout:
         row, column: [batch, pos], place in that image's grid of tokens, or -1.
         tokens: the token of every position, as text with its leading space, per prompt.
         grids: per prompt, the grid of each of its images.
-        sizes: per prompt, (width, height) in pixels of each picture as it was given, if known.
+        windows: per prompt, the part (left, top, right, bottom) of each picture, in pixels of the
+            picture as it was given, that the grid of patches lies on; empty where it is unknown.
         text_only: whether the call was made without images on purpose.
         defined: user-defined spans: name -> mask [batch, pos].
     """
@@ -79,7 +83,7 @@ class TokenLayout:
     column: Int[Tensor, "batch pos"]
     tokens: tuple[tuple[str, ...], ...]
     grids: tuple[tuple[Grid, ...], ...]
-    sizes: tuple[tuple[tuple[int, int], ...], ...] = ()
+    windows: tuple[tuple[Window, ...], ...] = ()
     text_only: bool = False
     defined: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
 
@@ -125,7 +129,7 @@ class TokenLayout:
         raise SpanError(f"unknown span {span!r}; this layout has {', '.join(self.spans)}")
 
     @property
-    def last(self) -> Int[Tensor, "batch"]:  # noqa: UP037 - an axis name for jaxtyping
+    def last(self) -> Int[Tensor, "batch"]:
         """The last position of every prompt that is not padding."""
         order = torch.arange(self.shape[1]).expand(self.shape)
         return order.where(self.modality != PADDING, -1).amax(-1)
@@ -140,14 +144,15 @@ class TokenLayout:
         Raises:
             SpanError: where the prompt has no such image, or the box leaves the picture.
         """
-        grid, (width, height) = self._image(box.image, prompt)
-        if not (0 <= box.left < box.right <= width and 0 <= box.top < box.bottom <= height):
+        grid, (left, top, right, bottom) = self._image(box.image, prompt)
+        if not (left <= box.left < box.right <= right and top <= box.top < box.bottom <= bottom):
             raise SpanError(
-                f"prompt {prompt}: {box} is not inside the picture of {width} x {height} pixels; "
-                "give left < right and top < bottom within it"
+                f"prompt {prompt}: {box} is not inside what the model sees of the picture, from "
+                f"({left:g}, {top:g}) to ({right:g}, {bottom:g}); give left < right and "
+                "top < bottom within it"
             )
-        rows = _touched(box.top, box.bottom, height, grid.rows)
-        columns = _touched(box.left, box.right, width, grid.columns)
+        rows = _touched(box.top - top, box.bottom - top, bottom - top, grid.rows)
+        columns = _touched(box.left - left, box.right - left, right - left, grid.columns)
         return Patches(tuple((r, c) for r in rows for c in columns), box.image)
 
     def box(self, position: int, prompt: int = 0) -> Box:
@@ -161,9 +166,10 @@ class TokenLayout:
             what = MODALITIES[int(self.modality[prompt, position])]
             raise SpanError(f"prompt {prompt}: position {position} is {what}, not a patch")
         image = int(self.image[prompt, position])
-        grid, (width, height) = self._image(image, prompt)
-        x, y = width / grid.columns, height / grid.rows
-        return Box(column * x, row * y, (column + 1) * x, (row + 1) * y, image)
+        grid, (left, top, right, bottom) = self._image(image, prompt)
+        x, y = (right - left) / grid.columns, (bottom - top) / grid.rows
+        ends = (left + (column + 1) * x, top + (row + 1) * y)
+        return Box(left + column * x, top + row * y, *ends, image)
 
     def find(self, where: Where, prompt: int = 0) -> list[int]:
         """Positions of one prompt that a box, some patches or some words stand at.
@@ -252,13 +258,16 @@ class TokenLayout:
             runs.append((str(prompt), where, what, spans, shown.strip()))
         return runs
 
-    def _image(self, image: int, prompt: int) -> tuple[Grid, tuple[int, int]]:
+    def _image(self, image: int, prompt: int) -> tuple[Grid, Window]:
         count = len(self.grids[prompt])
         if not 0 <= image < count:
             raise SpanError(f"prompt {prompt} has {count} image(s); there is no image {image}")
-        if not self.sizes:
-            raise SpanError("the pictures' sizes are unknown; encode the batch from pictures")
-        return self.grids[prompt][image], self.sizes[prompt][image]
+        if not self.windows:
+            raise SpanError(
+                "it is unknown which part of each picture the model sees; make the batch with "
+                "model.encode, or name patches instead of pixels"
+            )
+        return self.grids[prompt][image], self.windows[prompt][image]
 
     def _position(self, row: int, column: int, image: int, prompt: int) -> int:
         here = (self.row[prompt] == row) & (self.column[prompt] == column)
@@ -291,7 +300,7 @@ class TokenLayout:
         return sorted({owners[i] for i in range(match.start(), match.end())})
 
 
-def _touched(low: float, high: float, pixels: int, cells: int) -> range:
+def _touched(low: float, high: float, pixels: float, cells: int) -> range:
     """Cells of a row of `cells` over `pixels` that the interval [low, high) touches."""
     first, last = (edge * cells / pixels for edge in (low, high))
     slack = 1e-9 * cells  # the edge of a cell is not exactly its number times its size

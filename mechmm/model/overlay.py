@@ -3,7 +3,7 @@
 Every hook point is fed by a PyTorch hook on a module that the family row names, or by the attention
 function. Three kinds of tap:
 
-- a value that a module takes or gives is handed to the hook point, and what comes back takes its place;
+- a value that a module takes or gives goes to the hook point, and what comes back takes its place;
 - `hook_resid_mid` sits on the residual stream between attention and MLP, which is no module's own
   output: the tensor that enters `ln2` is the one that the block's skip connection adds later, so an
   edit is written into it in place and reaches both;

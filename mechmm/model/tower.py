@@ -1,8 +1,8 @@
 """One transformer stack of a model: its config in TransformerLens's terms and its weights.
 
-Weights of a block are views of the Hugging Face parameters in TransformerLens's axis order, detached
-and without a copy; reading them costs nothing, and writing to them would change the model, so don't.
-A tower's own `W_Q`, `W_K`, ... stack the blocks along a first axis, which makes a copy.
+Weights of a block are views of the Hugging Face parameters in TransformerLens's axis order,
+detached and without a copy; reading them costs nothing, and writing to them would change the model,
+so don't. A tower's own `W_Q`, `W_K`, ... stack the blocks along a first axis, which makes a copy.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Tower:
         return None if path is None else self.module(f"{getattr(self.row, part)}.{path}", block)
 
     def linear(self, block: int, name: str) -> nn.Linear | None:
-        """The projection `q`, `k`, `v`, `o`, `qkv`, `mlp_in`, `mlp_gate` or `mlp_out` of a block."""
+        """The projection `q`, `k`, `v`, `o`, `mlp_in`, `mlp_gate` or `mlp_out` of a block."""
         part = "mlp" if name.startswith("mlp_") else "attn"
         return self._inner(block, part, getattr(self.row, name))  # type: ignore[return-value]
 
@@ -91,7 +91,9 @@ class Tower:
             uses_rms_norm=self.row.norm != "layer",
             final_rms=self.row.norm != "layer",
             eps=getattr(config, "rms_norm_eps", None) or config.layer_norm_eps,
-            positional_embedding_type="rotary" if hasattr(config, "rope_parameters") else "standard",
+            positional_embedding_type="rotary"
+            if hasattr(config, "rope_parameters")
+            else "standard",
         )
         cfg.model_name = config.model_type
         return cfg
@@ -128,7 +130,7 @@ class Tower:
 
     @property
     def W_E(self) -> Tensor:
-        """Token embedding [d_vocab, d_model], or patch embedding [channel * row * column, d_model]."""
+        """Token embedding [d_vocab, d_model]; patch embedding [channel * row * column, d_model]."""
         weight = next(p for n, p in self._embed_parameters() if p.ndim in (2, 4)).detach()
         if weight.ndim == 4:
             return rearrange(weight, "d_model c h w -> (c h w) d_model")

@@ -57,9 +57,7 @@ def patch_folder(
     table = make_sites(model, sites, spans)
     loaded = PairDataset.load(pairs, model)
     with progress("patching") as report:
-        found = patch(
-            model, loaded, table, METRICS[metric], direction, seed=seed, report=report
-        )
+        found = patch(model, loaded, table, METRICS[metric], direction, seed=seed, report=report)
     found.save(out / "result")
     page = found.page(f"Patching {pairs.name}")
     page.save(out / "report.html")

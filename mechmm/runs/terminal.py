@@ -27,7 +27,11 @@ def print_table(frame: pd.DataFrame, title: str, console: Console | None = None)
 @contextmanager
 def progress(label: str) -> Iterator[Report]:
     """A progress bar on stderr; yields what a method calls with (done, in all)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

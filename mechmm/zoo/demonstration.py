@@ -26,14 +26,14 @@ from mechmm.runs.patch import SHOWN
 from mechmm.runs.terminal import print_table, progress
 from mechmm.zoo.evaluation import predictions
 
-N_PAIRS = 24
-SPANS = ("object", "distractor", "image", "question", "last")
+N_PAIRS, N_NULL = 24, 12
+SPANS = ("object", "distractor", "question", "last")
 SCENE = Scene(
     (
         Thing(5, "circle", "red", shift=(0.02, 0.0)),
         Thing(3, "star", "blue", scale=0.9),
         Thing(12, "square", "green", scale=0.8),
-        Thing(10, digit=with_label("7", "test")[0], scale=0.95),
+        Thing(10, digit=with_label("7", "test")[7], scale=0.95),
     )
 )
 """The picture of the demo: three shapes and a handwritten 7 that training never showed."""
@@ -58,13 +58,20 @@ def demonstrate(out: Path) -> Path:
     answers = ask(model)
     print_table(answers, "What the model answers", console)
     color = patch_kind(model, "color", SCENE.replace(0, color="purple"))
-    print_table(color[0].strongest(8)[SHOWN], "Strongest sites for the color of a shape", console)
+    _print_strongest(color[0], "the color of a shape", console)
     other = SCENE.replace(3, digit=with_label("2", "test")[0])
     digit = patch_kind(model, "digit", other)
-    print_table(digit[0].strongest(8)[SHOWN], "Strongest sites for a handwritten digit", console)
+    _print_strongest(digit[0], "a handwritten digit", console)
     path = _page(model, answers, color, digit).save(out / "report.html")
     console.print(f"\n{time.monotonic() - started:.0f} s; open the report: {path}", highlight=False)
     return path
+
+
+def _print_strongest(found: Patching, what: str, console: Console) -> None:
+    """Where in the residual stream, and which components; all beside their random sites."""
+    for kinds, name in ((["resid_pre"], "Residual stream"), (["head", "mlp"], "Heads and MLPs")):
+        table = found.strongest(6, kinds)[SHOWN]
+        print_table(table, f"{name}: strongest sites for {what}", console)
 
 
 def ask(model: HookedMultimodal) -> pd.DataFrame:
@@ -91,7 +98,7 @@ def patch_kind(model: HookedMultimodal, kind: str, corrupt: Scene) -> tuple[Patc
     spans = [span for span in SPANS if span in (*BUILT_IN, *random.spans)]
     coarse = sites.residual(model, spans) + sites.mlps(model) + sites.heads(model)
     with progress(f"patching {kind}: layers, spans, heads") as report:
-        found = patch(model, random, coarse, report=report)
+        found = patch(model, random, coarse, n_null=N_NULL, report=report)
     with progress(f"patching {kind}: every patch") as report:
         return found, patch(model, own, sites.patches(model), n_null=1, report=report)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from mechmm.data.digits import split
-from mechmm.data.questions import KINDS, PRIOR, Question
+from mechmm.data.questions import KINDS, PRIOR, TWO_HOPS, Question
 from mechmm.data.scenes import Scene
 from mechmm.data.shapes import HELD_OUT, Sampler, prompt
 from mechmm.model.hooked import HookedMultimodal
@@ -37,8 +37,9 @@ def evaluate(
     """
     rows = []
     for kind in KINDS:
-        rows += [_row(model, "fresh scenes", kind, form, _fresh(kind, n, seed), batch_size)
-                 for form in ("image", "text")]  # fmt: skip
+        about = "two hops, not learned" if kind in TWO_HOPS else "fresh scenes"
+        for form in ("image", "text"):
+            rows.append(_row(model, about, kind, form, _fresh(kind, n, seed), batch_size))
     rows.append(_row(model, "every test digit", "digit", "image", _digits(seed), batch_size))
     for about, draw in OTHERS.items():
         for form in ("image", "text"):
@@ -55,7 +56,13 @@ def _row(model, about: str, kind: str, form: str, asked: list[Asked], batch_size
         pictures = [scene.render() for scene, _ in part] if form == "image" else []
         answers = predictions(model, texts, pictures)
         right += sum(a == _answer(asked) for a, asked in zip(answers, part, strict=True))
-    return {"about": about, "kind": kind, "form": form, "n": len(asked), "accuracy": right / len(asked)}
+    return {
+        "about": about,
+        "kind": kind,
+        "form": form,
+        "n": len(asked),
+        "accuracy": right / len(asked),
+    }
 
 
 @torch.no_grad()

@@ -80,7 +80,8 @@ def build_processor() -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=(
             "{% for message in messages %}{% if message.role == 'user' %}"
-            "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }} "
+            "{% for part in message.content %}"
+            "{{ '<image>' if part.type == 'image' else part.text }} "
             "{% endfor %}answer :{% endif %}{% endfor %}"
         ),
     )

@@ -1,10 +1,10 @@
 """Trains the demo model from a seed, on a CPU.
 
 End-to-end training alone stays near chance for a long time, so skills come one after another: the
-vision tower first, with throwaway linear heads that read color, shape, digit and position from every
-patch; then questions that look one thing up; then, alone, those that compare or combine things, which
-words make easier to learn than pictures; at last every kind of question in both forms. Within a
-phase, kinds that lag are asked more often.
+vision tower first, with throwaway linear heads that read color, shape, digit and position from
+every patch; then questions that look one thing up; then, alone, those that compare or combine
+things, which words make easier to learn than pictures; at last every kind of question in both
+forms. Within a phase, kinds that lag are asked more often.
 
 Several questions share one picture or description: each attends to that context and itself, but
 not to the other questions, and its positions start where the context ends, so that one question
@@ -21,6 +21,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ PHASES = (
     Phase("find", EASY, 800, 1e-3, 32, until=0.99),
     Phase("find in words", EASY, 3000, 1e-3, 48, until=0.95, forms=("text",)),
     Phase("compare in words", HARD, 910, 1e-3, 48, until=0.93, forms=("text",)),
-    Phase("compare", HARD, 700, 1e-3, 32, until=0.93),
+    Phase("compare", HARD, 1200, 1e-3, 32, until=0.93),
     Phase("all", tuple(KINDS), 3600, 1e-3, 32),
 )
 QUESTIONS = 6
@@ -166,7 +167,7 @@ class Packer:
         return ids, targets, group, positions
 
 
-def question_loss(model: nn.Module, batch: Packed) -> tuple[Tensor, Tensor]:
+def question_loss(model: Any, batch: Packed) -> tuple[Tensor, Tensor]:
     """Mean loss over answers and ends, and which answers were right [question]."""
     inputs = {"input_ids": batch.ids, "pixel_values": batch.pixels}
     hidden = model.model(
@@ -219,7 +220,8 @@ class Trainer:
     def __init__(self, folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
         self.folder, self.seed, self.phases = folder, seed, phases
         self.model = build_model(seed)
-        self.heads = SightHeads(self.model.config.vision_config.hidden_size)
+        vision: Any = self.model.config.vision_config
+        self.heads = SightHeads(vision.hidden_size)
         self.state, self.packer = State(), Packer()
         self.optimizer = torch.optim.AdamW(
             [*self.model.parameters(), *self.heads.parameters()],

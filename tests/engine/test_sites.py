@@ -34,7 +34,9 @@ def only(sites, **columns):
 
 
 def test_a_box_is_the_same_place_in_every_tower(model, layout):
-    sites = mm.sites.residual(model, ("object",), layers=[0]) + mm.sites.projector(model, ("object",))
+    sites = mm.sites.residual(model, ("object",), layers=[0]) + mm.sites.projector(
+        model, ("object",)
+    )
     vision = places(only(sites, tower="vision"), layout, 0)
     language = places(only(sites, tower="language"), layout, 0)
     projected = places(only(sites, tower="projector"), layout, 0)

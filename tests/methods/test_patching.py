@@ -41,12 +41,14 @@ def test_text_equals_transformer_lens(model, point):
         lambda logits: last_logit_diff(logits, pair[0], model).mean(),
     )
     positions = range(batch.clean.input_ids.shape[1])
-    make = {"resid_pre": mm.sites.residual, "attn_out": mm.sites.attention, "mlp_out": mm.sites.mlps}
+    make = {
+        "resid_pre": mm.sites.residual,
+        "attn_out": mm.sites.attention,
+        "mlp_out": mm.sites.mlps,
+    }
     table = make[point](model, positions=positions, towers=["language"])
     ours = mm.patch(model, pair, table, n_null=1)
-    torch.testing.assert_close(
-        ours.values.view(theirs.shape), theirs.float(), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(ours.values.view(theirs.shape), theirs.float(), atol=1e-5, rtol=0)
 
 
 def test_text_heads_equal_transformer_lens(model):
@@ -64,7 +66,7 @@ def test_text_heads_equal_transformer_lens(model):
 
 
 def by_hand(model, pair, module, find, swap):
-    """The metric with one module's output changed by a plain PyTorch hook on the Hugging Face model."""
+    """The metric with one module's output changed by a plain PyTorch hook."""
     hf, batch = model.hf_model, next(pair.batches(1))
     kept = {}
     handle = module.register_forward_hook(lambda m, a, out: kept.update(clean=find(out).clone()))
@@ -100,9 +102,7 @@ def test_pictures_equal_plain_hooks(model, pictures):
     table = mm.sites.mlps(model, ("object",)) + mm.sites.projector(model, ("object",))
     found = mm.patch(model, one, table, n_null=1).to_dataframe()
     for (tower, kind, layer), (module, positions) in cases.items():
-        row = found[
-            (found.tower == tower) & (found.kind == kind) & (found.layer == layer)
-        ].iloc[0]
+        row = found[(found.tower == tower) & (found.kind == kind) & (found.layer == layer)].iloc[0]
         expected = by_hand(model, one, module, lambda out: out, swap_positions(positions))
         assert row["value"] == pytest.approx(expected, abs=1e-5)
     tokens = [p - 1 for p in at]
@@ -206,7 +206,8 @@ def test_null_and_interval(model, pictures):
     frame = found.to_dataframe()
     assert (frame["low"] <= frame["effect"] + 1e-6).all()
     assert (frame["effect"] <= frame["high"] + 1e-6).all()
-    assert set(found.null_range()) == {("vision", "resid_pre"), ("language", "resid_pre")}
+    towers = ("vision", "language")
+    assert set(found.null_range()) == {(tower, "resid_pre", "object") for tower in towers}
     again = mm.patch(model, pictures, table, n_null=4, seed=2)
     assert torch.equal(found.null, again.null)
 
@@ -222,10 +223,13 @@ def test_normalisation_is_as_defined(model, pictures):
 
 
 def test_saved_equals_loaded(model, pictures, tmp_path):
-    found = mm.patch(model, pictures, mm.sites.residual(model) + mm.sites.projector(model), n_null=2)
+    found = mm.patch(
+        model, pictures, mm.sites.residual(model) + mm.sites.projector(model), n_null=2
+    )
     found.save(tmp_path / "run")
     loaded = mm.Patching.load(tmp_path / "run")
-    assert torch.equal(loaded.values, found.values) and torch.equal(loaded.null, found.null)
+    assert torch.equal(loaded.values, found.values)
+    assert torch.equal(loaded.null, found.null)
     pd.testing.assert_frame_equal(loaded.to_dataframe(), found.to_dataframe())
     assert np.array_equal(np.asarray(loaded.picture), np.asarray(found.picture))
 

@@ -172,7 +172,7 @@ def test_every_form_of_a_picture_gives_the_same_pixels(model, tmp_path: Path):
     for form in (path, str(path), np.asarray(given), [given], given.convert("RGBA")):
         batch = model.encode(QUESTION, form)
         assert torch.equal(batch.extra["pixel_values"], wanted)
-        assert batch.layout.sizes == (((40, 24),),)
+        assert batch.layout.windows == (((0.0, 0.0, 40.0, 24.0),),)
     assert batch.images[0][0].size == (40, 24)
 
 

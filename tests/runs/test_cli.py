@@ -38,14 +38,16 @@ def pairs_folder(folder, tmp_path_factory):
 )
 def test_help_explains_itself(words):
     answer = run.invoke(cli.app, [*words, "--help"])
-    assert answer.exit_code == 0 and "Usage" in answer.output
+    assert answer.exit_code == 0
+    assert "Usage" in answer.output
 
 
 def test_info(folder):
     table = run.invoke(cli.app, ["info", str(folder)])
     assert table.exit_code == 0
-    assert "vision" in table.output and "blocks.0.attn.hook_pattern" in table.output
-    found = json.loads(run.invoke(cli.app, ["info", str(folder), "--json"]).output)
+    assert "vision" in table.output
+    assert "blocks.0.attn.hook_pattern" in table.output
+    found = json.loads(run.invoke(cli.app, ["info", str(folder), "--json"]).stdout)
     assert found["towers"]["language"]["n_layers"] == 6
     assert "vision.blocks.3.attn.hook_pattern" in found["hooks"]
 
@@ -53,7 +55,7 @@ def test_info(folder):
 def test_audit_reports_no_dead_hook(folder):
     answer = run.invoke(cli.app, ["audit", str(folder), "--json"])
     assert answer.exit_code == 0, answer.output
-    rows = json.loads(answer.output)
+    rows = json.loads(answer.stdout)
     assert {row["status"] for row in rows} <= {"live", "unused by this model"}
 
 
@@ -85,7 +87,12 @@ def test_bad_arguments_are_one_line_and_exit_code_2(
     folder, pairs_folder, tmp_path, monkeypatch, capsys, change, message
 ):
     out = tmp_path / "out"
-    words = {"--model": folder, "--pairs": pairs_folder, "--out": out, "--sites": "residual"} | change
+    words = {
+        "--model": folder,
+        "--pairs": pairs_folder,
+        "--out": out,
+        "--sites": "residual",
+    } | change
     flat = [str(part) for item in words.items() for part in item]
     monkeypatch.setattr(sys, "argv", ["mechmm", "patch", *flat])
     with pytest.raises(SystemExit) as stop:
