@@ -104,7 +104,7 @@ REFUSED = {
     "words not there": ({"spans": {"a": Words("heart")}}, "span 'a', .* occurrence 0 of 'heart'"),
     "box outside": (
         {"spans": {"a": Box(0.0, 0.0, 97.0, 9.0)}},
-        "span 'a', .* not inside the picture",
+        "span 'a', .* not inside what the model sees",
     ),
     "no such image": (
         {"spans": {"a": Box(0.0, 0.0, 9.0, 9.0, 1)}},
