@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 
 GLOBALS = """
 import logging, os, random, sys, warnings
-import numpy, pandas, plotly.io, torch, transformers
+# scikit-learn itself sets variables for OpenMP, and draws a random number, when imported.
+import numpy, pandas, plotly.io, sklearn.datasets, torch, transformers
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -33,13 +34,16 @@ def state():
         "transformers verbosity": transformers.logging.get_verbosity(),
         "logging": (logging.root.level, list(logging.root.handlers)),
         "warning filters": list(warnings.filters),
-        "environment": dict(os.environ),
+        # torch names its compiler's cache when a part of it is first imported.
+        "environment": {k: v for k, v in os.environ.items() if "TORCHINDUCTOR" not in k},
         "folder": os.getcwd(),
         "excepthook": sys.excepthook,
     }
 
 before = state()
 import mechmm
+for name in mechmm.__all__:
+    getattr(mechmm, name)
 after = state()
 print("changed:", [name for name in before if before[name] != after[name]])
 """

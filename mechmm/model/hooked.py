@@ -121,7 +121,13 @@ class HookedMultimodal(HookedRootModule):
                 "by save_pretrained, or a hub name"
             )
         options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = AutoConfig.from_pretrained(source, **options)
+        try:
+            config = AutoConfig.from_pretrained(source, **options)
+        except OSError as error:
+            raise OSError(
+                f"cannot load {source!r}: it is no local folder, and the hub did not give it "
+                f"({str(error).splitlines()[0]})"
+            ) from error
         architecture = _architecture(config, source)
         family_of(architecture)
         loaded = getattr(transformers, architecture).from_pretrained(

@@ -92,8 +92,9 @@ def save_png(figure: go.Figure, path: str | Path, scale: float = 2.0) -> Path:
     """
     advice = "install it, or keep the interactive figure with figure.write_html(path)"
     try:
-        import kaleido
-        from kaleido.errors import ChromeNotFoundError
+        # An optional extra, so absent where only the lock is installed.
+        import kaleido  # pyright: ignore[reportMissingImports]
+        from kaleido.errors import ChromeNotFoundError  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise RuntimeError(f"a PNG needs the kaleido package; {advice}") from error
     size = {name: figure.layout[name] for name in ("width", "height") if figure.layout[name]}

@@ -21,6 +21,8 @@ def describe(model: HookedMultimodal) -> dict[str, Any]:
         name: {"model_type": tower.cfg.model_name} | {s: getattr(tower.cfg, s) for s in SIZES}
         for name, tower in model.towers.items()
     }
+    for sizes in towers.values():
+        sizes["d_vocab"] = max(sizes["d_vocab"], 0)  # TransformerLens's -1: no vocabulary
     return {
         "architecture": model.family.architecture,
         "parameters": sum(p.numel() for p in model.hf_model.parameters()),
@@ -40,8 +42,8 @@ def print_description(found: dict[str, Any]) -> None:
         f"put {found['image_token']} where a picture belongs",
         highlight=False,
     )
-    rows = [{"tower": name, **sizes} for name, sizes in found["towers"].items()]
-    print_table(pd.DataFrame(rows), "Towers", console)
+    sizes = pd.DataFrame(found["towers"]).rename_axis("tower").reset_index()
+    print_table(sizes, "Towers", console)
     shown = [name for name in found["hooks"] if "blocks." not in name or "blocks.0." in name]
     console.print(f"{len(found['hooks'])} hook points; those of block 0 and outside blocks:")
     for name in shown:
