@@ -215,8 +215,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pre_tokenizers.WhitespaceSplit(),
         pre_tokenizers.Split(Regex(r"[?.,:]"), "isolated"),
     ]
-    core.pre_tokenizer = pre_tokenizers.Sequence(splits)  # pyright: ignore[reportAttributeAccessIssue]
-    core.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
+    core.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", SPECIAL.index("<s>"))]
     )
     names = dict(zip(("pad", "bos", "eos", "unk"), SPECIAL, strict=False))

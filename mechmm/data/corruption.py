@@ -289,5 +289,5 @@ def _corrupted(
 
 
 def _named(corruption: Corruption, change: Callable[..., Any]) -> Corruption:
-    corruption.__name__ = getattr(change, "__name__", type(change).__name__)  # type: ignore[attr-defined]
+    corruption.__name__ = getattr(change, "__name__", type(change).__name__)
     return corruption

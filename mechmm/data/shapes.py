@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from mechmm.data.digits import digit_label, split, with_label
+from mechmm.data.digits import split, with_label
 from mechmm.data.pairs import Pair, PairDataset, Prompt
 from mechmm.data.questions import KINDS, PRIOR, Question, questions
 from mechmm.data.scenes import CELLS, COLORS, GRID, PIXELS, SHAPES, Scene, Thing
@@ -310,7 +310,6 @@ __all__ = [
     "Form",
     "Sampler",
     "color_pairs",
-    "digit_label",
     "pairs",
     "prompt",
     "scene_pair",

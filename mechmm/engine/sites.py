@@ -157,7 +157,7 @@ def random_like(sites: Sites, layout: TokenLayout, n: int, seed: int = 0) -> Sit
     """
     rng = np.random.default_rng(seed)
     rows = []
-    for (_, _, span), group in sites.table.groupby(["tower", "kind", "span"], sort=False):  # type: ignore[misc]
+    for (_, _, span), group in sites.table.groupby(["tower", "kind", "span"], sort=False):
         count = len(places(group.iloc[0], layout, 0))
         place = {"span": f"{RANDOM}{span}", "position": None, "count": count}
         chosen = rng.integers(len(group), size=n) if count else []
@@ -248,8 +248,11 @@ def _layers(
         return wanted
     unread = list(model.family.unread(model.config))
     prefix = model.towers[tower].prefix
-    names = {layer: f"{prefix}blocks.{layer}.{hook}" for layer in range(count)}
-    return [l for l, name in names.items() if not any(re.fullmatch(p, name) for p in unread)]  # noqa: E741
+    return [
+        layer
+        for layer in range(count)
+        if not any(re.fullmatch(p, f"{prefix}blocks.{layer}.{hook}") for p in unread)
+    ]
 
 
 def _spans(tower: str, spans: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ touches gets one hook, which writes the new values of all its rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -179,7 +179,7 @@ class _Donor:
     def __init__(self, model, pairs, sites, source: Source, seed: int, batch_size: int) -> None:
         self.model, self.pairs, self.sites, self.source = model, pairs, sites, source
         self.seed, self.hooks = seed, sites.table["hook"].unique().tolist()
-        self.means = self._means(batch_size) if source == "mean" else None
+        self.constants = self._constants(batch_size) if source in ("zero", "mean") else []
         others = np.random.default_rng(seed).permutation(len(pairs))
         # A cycle through a random order: every pair gives once, to another pair.
         self.other = dict(zip(others.tolist(), np.roll(others, 1).tolist(), strict=True))
@@ -190,8 +190,7 @@ class _Donor:
             return self._own(batch)
         if self.source == "resample":
             return self._others(batch, start)
-        shapes = cache(self.model, batch.clean, self.hooks)
-        return self._constant(shapes)
+        return self._constant
 
     def _own(self, batch: PairBatch) -> Given:
         found = cache(self.model, getattr(batch, self.source), self.hooks)
@@ -203,15 +202,9 @@ class _Donor:
 
         return given
 
-    def _constant(self, shapes: Mapping[str, Tensor]) -> Given:
-        hooks = self.sites.table["hook"].to_list()
-
-        def given(site: int, prompt: int, where: list[tuple[int, int]]) -> Tensor:
-            like = shapes[hooks[site]][0, 0]
-            value = torch.zeros_like(like) if self.means is None else self.means[site].to(like)
-            return value.expand(len(where), *like.shape)
-
-        return given
+    def _constant(self, site: int, prompt: int, where: list[tuple[int, int]]) -> Tensor:
+        value = self.constants[site]
+        return value.expand(len(where), *value.shape)
 
     def _others(self, batch: PairBatch, start: int) -> Given:
         chosen = [self.other[start + i] for i in range(len(batch.clean))]
@@ -233,8 +226,11 @@ class _Donor:
 
         return given
 
-    def _means(self, batch_size: int) -> list[Tensor]:
-        """Per site, the mean over all pairs and the site's positions of the clean run."""
+    def _constants(self, batch_size: int) -> list[Tensor]:
+        """Per site, zero or the mean over all pairs and the site's positions of the clean run."""
+        if self.source == "zero":
+            shapes = self._shapes(batch_size)
+            return [torch.zeros(shapes.get(hook, ())) for hook in self.sites.table["hook"]]
         sums: list[Any] = [0.0] * len(self.sites)
         counts = [0] * len(self.sites)
         for batch in self.pairs.batches(batch_size):
@@ -242,10 +238,23 @@ class _Donor:
             for site, (_, row) in enumerate(self.sites.table.iterrows()):
                 for prompt in range(len(batch.clean)):
                     where = places(row, batch.clean.layout, prompt, self.seed)
-                    rows, positions = [p[0] for p in where], [p[1] for p in where]
-                    sums[site] = sums[site] + found[row.hook][rows, positions].double().sum(0)
-                    counts[site] += len(where)
-        return [total / max(count, 1) for total, count in zip(sums, counts, strict=True)]
+                    if where:
+                        rows, positions = zip(*where, strict=True)
+                        values = found[row.hook][list(rows), list(positions)]
+                        sums[site] = sums[site] + values.double().sum(0)
+                        counts[site] += len(where)
+        pairs = zip(sums, counts, strict=True)
+        return [torch.as_tensor(total / max(count, 1)) for total, count in pairs]
+
+    def _shapes(self, batch_size: int) -> dict[str, torch.Size]:
+        """What one place of each hook holds; a tower fires only where there are images."""
+        shapes: dict[str, torch.Size] = {}
+        for batch in self.pairs.batches(batch_size):
+            found = cache(self.model, batch.clean, self.hooks)
+            shapes |= {hook: value.shape[2:] for hook, value in found.items()}
+            if len(shapes) == len(self.hooks):
+                break
+        return shapes
 
 
 def _edits(

@@ -111,7 +111,7 @@ class Patching(Result):
         return {
             key: tuple(np.quantile(effects[[k == key for k in keys]], (0.025, 0.975)).tolist())
             for key in dict.fromkeys(keys)
-        }  # type: ignore[return-value]
+        }
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per site: where it is, raw mean, effect, its interval and the null range."""

@@ -6,13 +6,14 @@ the model's own processor, as a user's would.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
 import torch
 
 from mechmm.data.digits import split
+from mechmm.data.metrics import last_logits
 from mechmm.data.questions import KINDS, PRIOR, TWO_HOPS, Question
 from mechmm.data.scenes import Scene
 from mechmm.data.shapes import HELD_OUT, Sampler, prompt
@@ -68,7 +69,7 @@ def _row(model, about: str, kind: str, form: str, asked: list[Asked], batch_size
 @torch.no_grad()
 def predictions(model: HookedMultimodal, texts: list[str], pictures: list) -> list[str]:
     """The word that the model gives the highest logit, per prompt."""
-    logits = model(model.encode(texts, pictures), logits_to_keep=1)[:, -1]
+    logits = last_logits(model, model.encode(texts, pictures))
     words = model.to_string(logits.argmax(-1, keepdim=True))
     return [word.strip() for word in words]
 
@@ -102,25 +103,19 @@ def _with_digit(scene: Scene, index: int) -> Scene:
     return scene.replace(place, digit=index)
 
 
-def _color_questions(rng: np.random.Generator, sampler: Sampler) -> Iterator[Asked]:
-    while True:
-        yield sampler.ask(rng, "color")
-
-
 def _unseen(rng: np.random.Generator) -> Asked:
     """The asked shape in the one color that training never gave it."""
-    scene, question = next(_color_questions(rng, Sampler("test")))
+    scene, question = Sampler("test").ask(rng, "color")
     place = question.asked(scene)[0]
     return scene.replace(place, color=COMBINATIONS[question.about[0]]), question
 
 
 def _conflict(rng: np.random.Generator) -> Asked:
     """A shape with a language prior, in another color."""
-    return next(
-        (scene, question)
-        for scene, question in _color_questions(rng, Sampler("test", prior=0.0))
-        if PRIOR.get(question.about[0]) not in (None, question.answer(scene))
-    )
+    while True:
+        scene, question = Sampler("test", prior=0.0).ask(rng, "color")
+        if PRIOR.get(question.about[0]) not in (None, question.answer(scene)):
+            return scene, question
 
 
 def _absent(rng: np.random.Generator) -> Asked:

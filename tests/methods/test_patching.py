@@ -275,3 +275,14 @@ def test_no_hook_is_left_behind(model, pictures):
     with pytest.raises(ValueError, match="unknown span"):
         mm.patch(model, pictures, mm.sites.residual(model, ("bus",)), n_null=1)
     assert not any(point.has_hooks() for point in model.hook_points())
+
+
+@pytest.mark.parametrize("direction", ["zero", "mean"])
+def test_pairs_of_text_alone_may_stand_beside_pictures(model, pictures, direction):
+    words = shapes.pairs(model, "color", 2, seed=9, form="text")
+    mixed = mm.PairDataset([*words, *pictures], model)
+    table = mm.sites.mlps(model, ("object",), layers=[1])
+    found = mm.patch(model, mixed, table, direction=direction, n_null=1, batch_size=2)
+    moved = (found.values[0] - found.clean).abs()
+    assert (moved[:2] < 1e-5).all()  # no vision tower to ablate
+    assert (moved[2:] > 1e-4).all()
