@@ -215,12 +215,14 @@ def continued(batch: Batch, ids: Int[Tensor, "batch new"]) -> Batch:
     real = ids >= 0
     steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     tokens = ids.where(real, batch.input_ids[rows, last][:, None])
-    positions = batch.position_ids[rows, last][:, None] + steps
+    positions = batch.position_ids
+    if positions is not None:
+        positions = torch.cat([positions, positions[rows, last][:, None] + steps], dim=1)
     return replace(
         batch,
         input_ids=torch.cat([batch.input_ids, tokens], dim=1),
         attention_mask=torch.cat([batch.attention_mask, real.to(batch.attention_mask)], dim=1),
-        position_ids=torch.cat([batch.position_ids, positions], dim=1),
+        position_ids=positions,
         extra={name: _longer(value, batch, ids.shape[1]) for name, value in batch.extra.items()},
         layout=_longer_layout(batch.layout, real.cpu()),
     )
@@ -241,6 +243,7 @@ def _longer_layout(layout: TokenLayout, real: Tensor) -> TokenLayout:
         layout,
         modality=torch.cat([layout.modality, torch.where(real, TEXT, PADDING)], dim=1),
         image=torch.cat([layout.image, nowhere], dim=1),
+        view=torch.cat([layout.view, nowhere], dim=1),
         row=torch.cat([layout.row, nowhere], dim=1),
         column=torch.cat([layout.column, nowhere], dim=1),
         tokens=tuple((*texts, *[""] * real.shape[1]) for texts in layout.tokens),

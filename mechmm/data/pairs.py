@@ -425,7 +425,7 @@ def _check_aligned(clean: TokenLayout, corrupt: TokenLayout) -> None:
             f"the clean prompt fills {clean.shape[1]} positions, the corrupt one "
             f"{corrupt.shape[1]}; {_remedy(clean, corrupt)}"
         )
-    for name in ("modality", "image", "row", "column"):
+    for name in ("modality", "image", "view", "row", "column"):
         differs = (getattr(clean, name) != getattr(corrupt, name))[0].nonzero().flatten().tolist()
         if differs:
             raise PairError(
@@ -433,10 +433,10 @@ def _check_aligned(clean: TokenLayout, corrupt: TokenLayout) -> None:
                 f"{_what(corrupt, differs[0])} in the corrupt one; give both the same form, or "
                 "drop the pair"
             )
-    if clean.grids != corrupt.grids:
+    if clean.media != corrupt.media:
         raise PairError(
-            f"the clean prompt's images are {clean.grids[0]}, the corrupt one's "
-            f"{corrupt.grids[0]}; resize one of them or drop the pair"
+            f"the clean prompt's images are {clean.media[0]}, the corrupt one's "
+            f"{corrupt.media[0]}; resize one of them or drop the pair"
         )
 
 
@@ -603,7 +603,7 @@ def _read_value(key: str, value: Any) -> Any:
         return tuple((as_index(row), as_index(column)) for row, column in value)
     if key == "text":
         return str(value)
-    return as_index(value) if key in ("image", "nth") else float(value)
+    return as_index(value) if key in ("image", "view", "nth") else float(value)
 
 
 def _from_row(number: int, row: Mapping[Any, Any], folder: Path) -> Pair:

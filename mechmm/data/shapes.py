@@ -300,8 +300,8 @@ def _cell_box(thing: Thing) -> Box:
 
 def _apart(picture: TokenLayout, box: Box, others: Iterable[Box]) -> bool:
     """Whether a box shares no patch with the others."""
-    taken = {cell for other in others for cell in picture.patches(other).cells}
-    return taken.isdisjoint(picture.patches(box).cells)
+    taken = {cell for other in others for cell in picture.cells(other)}
+    return taken.isdisjoint(picture.cells(box))
 
 
 __all__ = [

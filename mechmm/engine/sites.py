@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
-from mechmm.model.layout import IMAGE, PADDING, TokenLayout
+from mechmm.model.layout import PADDING, TokenLayout
 
 COLUMNS = ("hook", "tower", "layer", "kind", "head", "span", "position", "count")
 TEXT_SPANS = ("text", "question", "last", "before_image")
@@ -192,12 +192,11 @@ def places(
         return [every[at]]
     if site.tower == LANGUAGE:
         return [(prompt, position) for position in layout.positions(site.span, prompt)]
-    first = sum(len(grids) for grids in layout.grids[:prompt])
+    first = tower_rows(layout, prompt)
     if site.tower == "vision":
         return [(first + i, p) for i, p in layout.vision_positions(site.span, prompt)]
     covered = set(layout.positions("image" if site.span == "all" else site.span, prompt))
-    positions = layout.positions("image", prompt)
-    return [place for place, at in zip(every, positions, strict=True) if at in covered]
+    return [place for position, place in _projected(layout, prompt) if position in covered]
 
 
 def _everything(tower: str, layout: TokenLayout, prompt: int) -> list[tuple[int, int]]:
@@ -205,13 +204,27 @@ def _everything(tower: str, layout: TokenLayout, prompt: int) -> list[tuple[int,
     if tower == LANGUAGE:
         real = (layout.modality[prompt] != PADDING).nonzero().flatten().tolist()
         return [(prompt, position) for position in real]
-    first = sum(len(grids) for grids in layout.grids[:prompt])
     if tower == "vision":
+        first = tower_rows(layout, prompt)
         return [(first + i, p) for i, p in layout.vision_positions("all", prompt)]
-    is_image = layout.modality[prompt] == IMAGE
-    owners = layout.image[prompt][is_image].tolist()
-    ranks = [owners[:i].count(owner) for i, owner in enumerate(owners)]
-    return [(first + owner, rank) for owner, rank in zip(owners, ranks, strict=True)]
+    return [place for _, place in _projected(layout, prompt)]
+
+
+def _projected(layout: TokenLayout, prompt: int) -> list[tuple[int, tuple[int, int]]]:
+    """(position, (row, index)) of every projected token of a prompt."""
+    found, first = [], tower_rows(layout, prompt)
+    for number, medium in enumerate(layout.media[prompt]):
+        positions = (layout.image[prompt] == number).nonzero().flatten().tolist()
+        for position, place in zip(positions, medium.projected, strict=True):
+            if place is not None:
+                found.append((position, (first + place[0], place[1])))
+        first += medium.tower_rows
+    return found
+
+
+def tower_rows(layout: TokenLayout, prompts: int | None = None) -> int:
+    """Rows of the vision tower's batch that the first prompts take; default: all of them."""
+    return sum(medium.tower_rows for media in layout.media[:prompts] for medium in media)
 
 
 def _per_layer(model, hook, kind, spans, positions, towers, layers) -> Sites:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, prepared, score
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.sites import Sites, places
+from mechmm.engine.sites import Sites, places, tower_rows
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
 
@@ -141,10 +141,11 @@ def tile(batch: Batch, times: int) -> Batch:
         layout,
         modality=_repeat(layout.modality, times),
         image=_repeat(layout.image, times),
+        view=_repeat(layout.view, times),
         row=_repeat(layout.row, times),
         column=_repeat(layout.column, times),
         tokens=layout.tokens * times,
-        grids=layout.grids * times,
+        media=layout.media * times,
         windows=layout.windows * times,
         defined={name: _repeat(mask, times) for name, mask in layout.defined.items()},
     )
@@ -152,7 +153,9 @@ def tile(batch: Batch, times: int) -> Batch:
         batch,
         input_ids=_repeat(batch.input_ids, times),
         attention_mask=_repeat(batch.attention_mask, times),
-        position_ids=_repeat(batch.position_ids, times),
+        position_ids=None
+        if batch.position_ids is None
+        else _repeat(batch.position_ids, times),
         extra=extra,
         layout=tiled,
         images=batch.images * times,
@@ -262,7 +265,7 @@ def _edits(
 ) -> Iterator[tuple[str, Edit]]:
     """One edit per hook point that the sites of a chunk touch."""
     layout, n_prompts = batch.clean.layout, len(batch.clean)
-    n_images = sum(len(grids) for grids in layout.grids)
+    n_images = tower_rows(layout)
     parts: dict[str, list[tuple[int, int, int, Tensor]]] = {}
     for copy, site in enumerate(chunk):
         row = table.iloc[site]

@@ -15,6 +15,7 @@ Nanda 2404.15255 (denoising and noising).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from mechmm.data.metrics import Metric, logit_diff, prepared, score
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.sites import RANDOM, Sites, random_like
 from mechmm.engine.sweep import Report, Source, sweep
+from mechmm.model.grids import Medium
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
@@ -263,7 +265,7 @@ def patch(
         tokens=tokens,
         report=report,
     )
-    grids = first.layout.grids[0]
+    media = first.layout.media[0]
     return Patching(
         values=together[: len(sites)],
         clean=clean,
@@ -274,8 +276,19 @@ def patch(
         direction=direction,
         metric=metric.__name__,
         picture=first.images[0][0] if first.images and first.images[0] else None,
-        grid=(grids[0].rows, grids[0].columns, grids[0].tower_extra) if grids else (),
+        grid=_grid(media[0]) if media else (),
     )
+
+
+def _grid(medium: Medium) -> tuple[int, ...]:
+    """Rows and columns of the tower's own patches, and its positions before the first of them;
+    empty where the medium is seen in several views."""
+    if len(medium.views) != 1:
+        return ()
+    view = medium.views[0]
+    positions = view.sources[..., 1]
+    merge = math.isqrt(positions.shape[1])
+    return view.rows * merge, view.columns * merge, int(positions.min())
 
 
 @torch.no_grad()

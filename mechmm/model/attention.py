@@ -11,6 +11,7 @@ cost nothing unless asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from mechmm.model.packing import Back, Pack, unpacked
+
 NAME = "mechmm"
+PACKED = "mechmm_flash"
+"""For towers that pack: told that a flash kernel runs, they call attention once for all chunks."""
+View = Callable[[Tensor], tuple[Tensor, Back]]
+"""A value as users see it, and the way back."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class AttentionHooks:
     """The hook points inside one attention module.
 
     `eager` is set when the wrapped model ran eager attention: then numbers stay eager throughout.
+    `pack` gives the packing of the run in progress, or None.
     """
 
     rot_q: HookPoint
@@ -39,15 +47,22 @@ class AttentionHooks:
     pattern: HookPoint
     z: HookPoint
     eager: bool
+    pack: Callable[[], Pack | None]
+
+    def view(self, value: Tensor) -> tuple[Tensor, Back]:
+        """Queries, keys and z [batch, pos, head, d_head] as users see them."""
+        pack = self.pack()
+        return (value, _same) if pack is None else unpacked(value, pack.blocks, 1)
 
 
 _HOOKS: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
 
 
 def register() -> None:
-    """Make `"mechmm"` known to `transformers`; done when the first model is wrapped."""
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    """Make our names known to `transformers`; done when the first model is wrapped."""
+    for name in (NAME, PACKED):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def attach(module: nn.Module, hooks: AttentionHooks) -> None:
@@ -65,11 +80,16 @@ def listening(hook: HookPoint) -> bool:
     return bool(hook._forward_hooks or hook._backward_hooks)
 
 
-def fire(hook: HookPoint, value: Tensor) -> Tensor:
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
+def fire(hook: HookPoint, value: Tensor, view: View | None = None) -> Tensor:
     """The value that everything downstream sees; an in-place edit stays out of the original."""
     if not listening(hook):
         return value
-    new = hook(with_strides(value, value.stride()))
+    shown, back = (value, _same) if view is None else view(value)
+    new = back(hook(with_strides(shown, shown.stride())))
     laid_out = new.stride() == value.stride() or new.shape != value.shape
     return new if laid_out else with_strides(new, value.stride())
 
@@ -82,9 +102,9 @@ def with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
     return empty.copy_(value)
 
 
-def _fire_heads_first(hook: HookPoint, value: Tensor) -> Tensor:
+def _fire_heads_first(hook: HookPoint, value: Tensor, view: View) -> Tensor:
     """Fire a hook whose users see [batch, pos, head, d_head] on [batch, head, pos, d_head]."""
-    return fire(hook, value.transpose(1, 2)).transpose(1, 2) if listening(hook) else value
+    return fire(hook, value.transpose(1, 2), view).transpose(1, 2) if listening(hook) else value
 
 
 def attention_forward(
@@ -109,24 +129,116 @@ def attention_forward(
         z [batch, pos, head, d_head], and the pattern where it was computed.
     """
     hooks = _HOOKS.get(module)
+    ends = kwargs.pop("cu_seq_lens_q", None)
+    lengths = None if ends is None else (ends[1:] - ends[:-1]).tolist()
+    rest = (attention_mask, dropout, scaling, is_causal)
     if hooks is None:
-        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
-        return sdpa_attention_forward(*arguments, **kwargs)
-    query = _fire_heads_first(hooks.rot_q, query)
-    key = _fire_heads_first(hooks.rot_k, key)
-    if hooks.eager or listening(hooks.scores) or listening(hooks.pattern):
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        return _stock(module, query, key, value, lengths, *rest, **kwargs)
+    query = _fire_heads_first(hooks.rot_q, query, hooks.view)
+    key = _fire_heads_first(hooks.rot_k, key, hooks.view)
+    watched = listening(hooks.scores) or listening(hooks.pattern)
+    if not (watched or hooks.eager):
+        z, pattern = _stock(module, query, key, value, lengths, *rest, **kwargs)
+        return fire(hooks.z, z, hooks.view), pattern
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    softcap = kwargs.get("softcap")
+    pack = hooks.pack()
+    options = (scale, dropout, softcap)
+    pattern = None
+    if pack is None:
         mask = _additive_mask(attention_mask, query, key, bool(causal))
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        z, pattern = _eager(hooks, query, key, value, mask, scale, dropout, kwargs.get("softcap"))
+        z, pattern = _eager(hooks, query, key, value, mask, *options)
     else:
-        arguments = (module, query, key, value, attention_mask, dropout, scaling, is_causal)
-        z, pattern = sdpa_attention_forward(*arguments, **kwargs)
-    return fire(hooks.z, z), pattern
+        sequence = [query.shape[2]] if lengths is None else lengths
+        mask = None if attention_mask is None else _additive_mask(attention_mask, query, key, False)
+        parts = (tensor.split(sequence, dim=2) for tensor in (query, key, value))
+        chunks = zip(*parts, strict=True)
+        z = torch.cat([_eager(None, *chunk, mask, *options)[0] for chunk in chunks], dim=1)
+        if watched:
+            mask = _packed_mask(pack, attention_mask, lengths, query)
+            z = _packed(hooks, pack, z, query, key, value, mask, *options)
+    return fire(hooks.z, z, hooks.view), pattern
+
+
+def _stock(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int] | None,
+    *rest: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`transformers`' own scaled-dot-product attention, chunk by chunk where the model packs."""
+    if lengths is None:
+        return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)
+    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+    chunks = [sdpa_attention_forward(module, *c, *rest)[0] for c in zip(*parts, strict=True)]
+    return torch.cat(chunks, dim=1), None
+
+
+def _packed(
+    hooks: AttentionHooks,
+    pack: Pack,
+    z: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    dropout: float,
+    softcap: float | None,
+) -> Tensor:
+    """z after hooks on scores and patterns, which show one block-diagonal matrix an image.
+
+    Where no edit changed it, z keeps the value that the model's own chunks give, exactly.
+    """
+    (query, _), (key, _), (value, back) = (
+        unpacked(tensor.transpose(1, 2), pack.blocks, 1) for tensor in (query, key, value)
+    )
+    heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    plain, edited = (
+        back(_eager(points, *heads, mask, scaling, dropout, softcap)[0]) for points in (None, hooks)
+    )
+    return replaced(z, plain, edited)
+
+
+def _packed_mask(
+    pack: Pack, mask: Tensor | None, lengths: list[int] | None, query: Tensor
+) -> Tensor:
+    """What patches of an image see of each other: [image, 1, patch, patch], additive."""
+    index = pack.blocks.to(query.device)
+    lowest = torch.finfo(query.dtype).min
+    there = index >= 0
+    place = index.clamp(min=0)
+    if mask is not None:
+        whole = mask[0, 0]
+        seen = whole if whole.dtype == torch.bool else whole == 0
+        visible = seen[place[:, :, None], place[:, None, :]]
+    else:
+        sizes = torch.tensor(lengths, device=query.device)
+        chunk = torch.arange(len(sizes), device=query.device).repeat_interleave(sizes)[place]
+        visible = chunk[:, :, None] == chunk[:, None, :]
+    visible = (visible & there[:, :, None] & there[:, None, :])[:, None]
+    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(
+        ~visible, lowest
+    )
+
+
+def replaced(output: Tensor, computed: Tensor, new: Tensor) -> Tensor:
+    """The output of something whose inside was computed again.
+
+    Elements that no edit changed keep the model's own value exactly; gradients flow through the
+    computed one, and so through the hook point.
+    """
+    kept = output.detach() + (new - computed.detach())
+    new = torch.where(new == computed, kept, new).to(output.dtype)
+    return with_strides(new, output.stride())
 
 
 def _eager(
-    hooks: AttentionHooks,
+    hooks: AttentionHooks | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -143,9 +255,10 @@ def _eager(
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores + mask
-    scores = fire(hooks.scores, scores)
+    scores = scores if hooks is None else fire(hooks.scores, scores)
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    pattern = dropout_fn(fire(hooks.pattern, pattern), p=dropout, training=dropout > 0)
+    pattern = pattern if hooks is None else fire(hooks.pattern, pattern)
+    pattern = dropout_fn(pattern, p=dropout, training=dropout > 0)
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 

@@ -129,10 +129,27 @@ def audit(model: HookedMultimodal, batch: Batch, *, seed: int = 0) -> Audit:
             "prompt with an image"
         )
     gradients = _gradients(model, batch, seed)
-    unread = model.family.unread(model.config)
+    unread = {**model.family.unread(model.config), **_asleep(model, batch)}
     runs = {name: _edit(model, batch, name, seed) for name in model.hook_dict}
     hooks = (_judge(name, run, gradients[name], unread) for name, run in runs.items())
     return Audit(repr(model), tuple(hooks))
+
+
+def _asleep(model: HookedMultimodal, batch: Batch) -> dict[str, str]:
+    """Patterns of the hooks of towers that a batch does not run (a video tower, on images)."""
+    awake: set[str] = set()
+
+    def watch(value: Tensor, hook: HookPoint) -> None:
+        awake.add(str(hook.name))
+
+    firsts = {t.name: f"{t.prefix}blocks.0.hook_resid_pre" for t in model.towers.values()}
+    with torch.no_grad():
+        model.run_with_hooks(batch, fwd_hooks=[(name, watch) for name in firsts.values()])
+    return {
+        rf"{tower}\..*": f"this batch does not run tower {tower!r}"
+        for tower, name in firsts.items()
+        if name not in awake
+    }
 
 
 def _edit(model: HookedMultimodal, batch: Batch, name: str, seed: int) -> _Run:
@@ -153,8 +170,14 @@ def _edit(model: HookedMultimodal, batch: Batch, name: str, seed: int) -> _Run:
 
 def _logits(model: HookedMultimodal, batch: Batch, name: str, hook: Any) -> Tensor:
     """Logits [position, vocab] of all positions that are not padding, in float32."""
-    logits = model.run_with_hooks(batch, fwd_hooks=[(name, hook)])
-    return logits[batch.attention_mask.bool()].float()
+    return real(batch, model.run_with_hooks(batch, fwd_hooks=[(name, hook)]))
+
+
+def real(batch: Batch, output: Tensor) -> Tensor:
+    """An output in float32 without positions that are padding and entries that are masked out."""
+    mask = batch.attention_mask.bool()
+    output = output[mask] if output.shape[:2] == mask.shape else output
+    return output.float().where(output.abs() < torch.finfo(output.dtype).max / 2, 0)
 
 
 def _noise(value: Tensor, seed: int) -> Tensor:
@@ -182,7 +205,7 @@ def _gradients(model: HookedMultimodal, batch: Batch, seed: int) -> dict[str, bo
         caught[str(hook.name)].append(value)
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(lambda name: True, catch)]):
-        logits = model(batch)[batch.attention_mask.bool()].float()
+        logits = real(batch, model(batch))
         direction = torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed))
         target = (logits * direction.to(logits.device)).sum()
     tensors = [value for values in caught.values() for value in values]

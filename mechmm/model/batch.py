@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,14 +13,19 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from mechmm.model.grids import Grid
-from mechmm.model.layout import IMAGE, PADDING, TEXT, TokenLayout
+from mechmm.model.grids import NOWHERE, Medium
+from mechmm.model.layout import MODALITIES, PADDING, TEXT, TokenLayout
+from mechmm.model.rows import MediumInput
 
 if TYPE_CHECKING:
     from mechmm.model.hooked import HookedMultimodal
 
 Picture = Image.Image | np.ndarray | str | Path
 """A PIL image, an array [height, width, 3] of uint8, or the path of an image file."""
+
+
+TYPES = {"image": 1, "video": 2}
+"""What `transformers` writes into `mm_token_type_ids`."""
 
 
 class InputError(ValueError):
@@ -33,7 +37,8 @@ class Batch:
     """One or many prompts, ready for a model.
 
     Attributes:
-        input_ids, attention_mask, position_ids: [batch, pos].
+        input_ids, attention_mask: [batch, pos]; no positions for a model that reads no text.
+        position_ids: [batch, pos], or None where the model computes its own.
         extra: the model's other inputs (pixels and whatever goes with them).
         layout: what every position is.
         images: per prompt, its pictures as given (empty for batches made from ready tensors).
@@ -41,7 +46,7 @@ class Batch:
 
     input_ids: Int[Tensor, "batch pos"]
     attention_mask: Int[Tensor, "batch pos"]
-    position_ids: Int[Tensor, "batch pos"]
+    position_ids: Int[Tensor, "batch pos"] | None
     extra: Mapping[str, Any]
     layout: TokenLayout
     images: tuple[tuple[Image.Image, ...], ...] = field(default=(), repr=False)
@@ -49,12 +54,12 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the Hugging Face model."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "position_ids": self.position_ids,
-            **self.extra,
-        }
+        if not self.input_ids.shape[1]:
+            return dict(self.extra)
+        texts = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if self.position_ids is not None:
+            texts["position_ids"] = self.position_ids
+        return {**texts, **self.extra}
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -66,7 +71,7 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device),
             attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
             extra=extra,
         )
 
@@ -80,49 +85,64 @@ class Batch:
 
         Args:
             model: what the inputs are for.
-            **inputs: at least `input_ids` [batch, pos]; `attention_mask` and `position_ids` are
-                made where they are missing; pixels as the model's processor gives them.
+            **inputs: at least `input_ids` [batch, pos], unless the model reads no text;
+                `attention_mask` and `position_ids` are made where they are missing (but not where
+                the model computes its own positions); pixels as the model's processor gives them.
 
         Raises:
             InputError: placeholders without pixels, pixels without placeholders, counts that do
                 not match, pixels of another dtype or device than the model, unknown inputs.
         """
-        ids = inputs.pop("input_ids", None)
-        if ids is None:
-            raise InputError("input_ids are missing; pass the tokens of the prompts")
-        mask = inputs.pop("attention_mask", None)
-        mask = torch.ones_like(ids) if mask is None else mask
+        ids, mask = inputs.pop("input_ids", None), inputs.pop("attention_mask", None)
         positions = inputs.pop("position_ids", None)
-        if positions is None:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         extra = {name: value for name, value in inputs.items() if value is not None}
         _check_names(model, extra)
         _check_pixels(model, extra)
+        if ids is None:
+            ids = _no_text(model, extra)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if positions is None and model.takes("position_ids") and not model.family.own_positions:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        if model.config.is_encoder_decoder and "decoder_input_ids" not in extra:
+            start = model.hf_model.generation_config.decoder_start_token_id
+            extra["decoder_input_ids"] = torch.full_like(ids[:, :1], start)
         return cls(ids, mask, positions, extra, layout_of(model, ids, mask, extra))
 
 
+def _no_text(model: HookedMultimodal, extra: Mapping[str, Any]) -> Int[Tensor, "batch pos"]:
+    """No tokens, one prompt per image, for a model that reads no text."""
+    if model.takes("input_ids"):
+        raise InputError("input_ids are missing; pass the tokens of the prompts")
+    (medium,) = model.family.media
+    if medium.pixels not in extra:
+        raise InputError(f"{medium.pixels} are missing; pass what the processor gives")
+    count = len(medium.grids(model.config, extra))
+    return torch.zeros(count, 0, dtype=torch.long, device=model.device)
+
+
 def _check_names(model: HookedMultimodal, extra: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(model.hf_model.forward).parameters.values()
-    known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
-    unknown = [name for name in extra if name not in known]
+    unknown = [name for name in extra if not model.takes(name)]
     if unknown:
-        raise InputError(f"the model has no input {unknown[0]!r}; it takes {', '.join(known)}")
+        raise InputError(
+            f"the model has no input {unknown[0]!r}; it takes {', '.join(model.inputs)}"
+        )
 
 
 def _check_pixels(model: HookedMultimodal, extra: Mapping[str, Any]) -> None:
-    pixels = extra.get(model.family.pixels)
-    if pixels is None:
-        return
-    if pixels.dtype != model.dtype:
-        raise InputError(
-            f"pixels are {pixels.dtype}, the model is {model.dtype}; pass "
-            f"{model.family.pixels}.to(model.dtype), or use model.encode"
-        )
-    if pixels.device != model.device:
-        raise InputError(
-            f"pixels are on {pixels.device}, the model is on {model.device}; call "
-            "batch.to(model.device)"
-        )
+    for medium in model.family.media:
+        pixels = extra.get(medium.pixels)
+        if pixels is None:
+            continue
+        if pixels.dtype != model.dtype:
+            raise InputError(
+                f"{medium.pixels} are {pixels.dtype}, the model is {model.dtype}; pass "
+                f"{medium.pixels}.to(model.dtype), or use model.encode"
+            )
+        if pixels.device != model.device:
+            raise InputError(
+                f"{medium.pixels} are on {pixels.device}, the model is on {model.device}; call "
+                "batch.to(model.device)"
+            )
 
 
 def layout_of(
@@ -131,62 +151,101 @@ def layout_of(
     """The layout of ready inputs.
 
     Raises:
-        InputError: where placeholders and pixels do not match, with the prompt and both counts.
+        InputError: where placeholders and media do not match, with the prompt and both counts.
     """
     ids, mask = ids.cpu(), mask.cpu()
-    is_image = (ids == model.placeholder) & (mask > 0)
-    has_pixels = extra.get(model.family.pixels) is not None
-    grids = model.family.grids(model.config, extra) if has_pixels else []
-    counts = is_image.sum(-1).tolist()
-    if any(counts) and not has_pixels:
+    modality = torch.where(mask > 0, TEXT, PADDING)
+    image, view, row, column = (torch.full(ids.shape, NOWHERE) for _ in range(4))
+    dealt: list[list[tuple[int, int, Medium, list[int]]]] = [[] for _ in ids]
+    for kind in model.family.media:
+        is_kind = (ids == model.placeholder_of(kind)) & (mask > 0) & _of_kind(model, kind, extra)
+        modality[is_kind] = MODALITIES.index(kind.kind)
+        shares = _dealt(model, kind, ids, is_kind, extra)
+        for prompt, share in enumerate(shares):
+            places = is_kind[prompt].nonzero().flatten().tolist()
+            for number, medium in enumerate(share):
+                here, places = places[: medium.tokens], places[medium.tokens :]
+                dealt[prompt].append((here[0] if here else -1, number, medium, here))
+    for prompt, share in enumerate(dealt):
+        share.sort(key=lambda entry: entry[0])
+        for number, (_, _, medium, here) in enumerate(share):
+            for position, (seen, cell) in zip(here, medium.placed, strict=True):
+                image[prompt, position], view[prompt, position] = number, seen
+                if cell != NOWHERE:
+                    columns = medium.views[seen].columns
+                    row[prompt, position] = cell // columns
+                    column[prompt, position] = cell % columns
+    media = tuple(tuple(medium for _, _, medium, _ in share) for share in dealt)
+    texts = model.token_texts(ids)
+    return TokenLayout(modality, image, view, row, column, texts, media, text_only=not any(media))
+
+
+def _of_kind(model: HookedMultimodal, kind: MediumInput, extra: Mapping[str, Any]) -> Tensor | bool:
+    """Which placeholders belong to a kind of medium, where two kinds share one (GLM-4V)."""
+    types = extra.get("mm_token_type_ids")
+    sharing = [m for m in model.family.media if m.placeholder == kind.placeholder]
+    return True if types is None or len(sharing) < 2 else types.cpu() == TYPES[kind.kind]
+
+
+def _dealt(
+    model: HookedMultimodal,
+    kind: MediumInput,
+    ids: Tensor,
+    is_kind: Tensor,
+    extra: Mapping[str, Any],
+) -> tuple[tuple[Medium, ...], ...]:
+    """The media of one kind, by prompt."""
+    given = extra.get(kind.pixels) is not None
+    media = kind.grids(model.config, {**extra, "input_ids": ids}) if given else []
+    counts = is_kind.sum(-1).tolist()
+    if kind.placeholder is None:
+        if len(media) == len(counts):
+            return tuple((medium,) for medium in media)
+        return (tuple(media), *(() for _ in counts[1:]))
+    if any(counts) and not given:
         first = next(i for i, n in enumerate(counts) if n)
         raise InputError(
-            f"prompt {first} has {counts[first]} image placeholders but no pixels were given; "
-            "pass images to model.encode, or pixel_values here"
+            f"prompt {first} has {counts[first]} {kind.kind} placeholders but no {kind.pixels} "
+            f"were given; pass {kind.kind}s to model.encode, or {kind.pixels} here"
+            + _others(model, kind, extra)
         )
-    if has_pixels and not any(counts):
+    if given and not any(counts):
         raise InputError(
-            f"pixels of {len(grids)} image(s) were given but no prompt has an image placeholder "
-            f"({model.image_token!r}); put one into the text for every image"
+            f"{kind.pixels} of {len(media)} {kind.kind}(s) were given but no prompt has a "
+            f"{kind.kind} placeholder ({model.token_of(kind)!r}); put one into the text for every "
+            f"{kind.kind}"
         )
-    shares = _share(grids, counts)
-    modality = torch.where(is_image, IMAGE, TEXT).masked_fill(mask == 0, PADDING)
-    image, row, column = (torch.full(ids.shape, -1) for _ in range(3))
-    for prompt, share in enumerate(shares):
-        places = is_image[prompt].nonzero().flatten()
-        start = 0
-        for number, grid in enumerate(share):
-            here = places[start : start + grid.tokens]
-            cells = torch.arange(grid.skip, grid.rows * grid.columns)
-            image[prompt, here] = number
-            row[prompt, here[grid.extra :]] = cells // grid.columns
-            column[prompt, here[grid.extra :]] = cells % grid.columns
-            start += grid.tokens
-    return TokenLayout(
-        modality, image, row, column, model.token_texts(ids), shares, text_only=not has_pixels
-    )
+    return _share(kind, media, counts)
 
 
-def _share(grids: Sequence[Grid], counts: Sequence[int]) -> tuple[tuple[Grid, ...], ...]:
-    """Deal the images out to the prompts by how many placeholders each prompt has."""
+def _others(model: HookedMultimodal, kind: MediumInput, extra: Mapping[str, Any]) -> str:
+    """A hint where another kind of medium was given."""
+    others = [o.kind for o in model.family.media if o is not kind and o.pixels in extra]
+    return f" ({others[0]}s were given instead)" if others else ""
+
+
+def _share(
+    kind: MediumInput, media: Sequence[Medium], counts: Sequence[int]
+) -> tuple[tuple[Medium, ...], ...]:
+    """Deal the media out to the prompts by how many placeholders each prompt has."""
     shares, at = [], 0
     for prompt, count in enumerate(counts):
         start, filled = at, 0
-        while filled < count and at < len(grids):
-            filled += grids[at].tokens
+        while filled < count and at < len(media):
+            filled += media[at].tokens
             at += 1
         if filled != count:
-            sizes = [grid.tokens for grid in grids[start:at]]
+            sizes = [medium.tokens for medium in media[start:at]]
             raise InputError(
-                f"prompt {prompt} has {count} image placeholders, but the {len(sizes)} image(s) "
-                f"left for it fill {sum(sizes)} positions; use the model's own processor, or "
-                "model.encode, so that placeholders and pixels match"
+                f"prompt {prompt} has {count} {kind.kind} placeholders, but the {len(sizes)} "
+                f"{kind.kind}(s) left for it fill {sum(sizes)} positions; use the model's own "
+                "processor, or model.encode, so that placeholders and pixels match"
             )
-        shares.append(tuple(grids[start:at]))
-    if at < len(grids):
+        shares.append(tuple(media[start:at]))
+    if at < len(media):
         raise InputError(
-            f"{len(grids)} images were given, but the prompts have placeholders for {at} of them; "
-            "add placeholders or drop images"
+            f"{len(media)} {kind.kind}s were given, but the prompts have placeholders for {at} of "
+            f"them; add placeholders or drop {kind.kind}s"
         )
     return tuple(shares)
 

@@ -1,160 +1,343 @@
-"""One row per architecture: where its towers, projector and placeholders are.
-
-Two tables. `STACKS` describes a transformer stack by the `model_type` of its own config, so that a
-new combination of known towers needs no new row. `FAMILIES` describes a multimodal architecture:
-where its stacks and its projector hang. All entries are module paths; a dotted path is relative to
-the thing the row describes.
-"""
+"""Multimodal architectures, one row each: where their towers, projectors and placeholders are."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
-from mechmm.model.grids import Grid, one_grid_per_image
-
-Norm = Literal["layer", "rms", "rms_plus_one"]
-"""`rms_plus_one`: the weight is stored as its difference from one (Gemma)."""
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A transformer stack, paths relative to its root module.
-
-    Attributes:
-        blocks: the `ModuleList`s of blocks, in order.
-        embed: module whose output enters the residual stream.
-        ln_pre: norm before the first block; ln_final: norm after the last.
-        ln1, attn, ln1_post, ln2, mlp, ln2_post: inside a block; the `_post` ones are the norms
-            of sandwich blocks, after attention and after the MLP.
-        q, k, v, o: projections inside `attn`; `qkv` instead of the first three where one layer
-            computes all of them, laid out as `qkv_layout` (einops, without batch and position).
-        mlp_in, mlp_gate, mlp_out: inside `mlp`; gated MLPs have all three.
-        norm: how the norms compute.
-    """
-
-    embed: str
-    ln1: str
-    ln2: str
-    ln_final: str | None
-    q: str | None = "q_proj"
-    k: str | None = "k_proj"
-    v: str | None = "v_proj"
-    o: str = "o_proj"
-    mlp_in: str = "up_proj"
-    mlp_out: str = "down_proj"
-    mlp_gate: str | None = None
-    blocks: tuple[str, ...] = ("layers",)
-    attn: str = "self_attn"
-    mlp: str = "mlp"
-    norm: Norm = "layer"
-    ln_pre: str | None = None
-    ln1_post: str | None = None
-    ln2_post: str | None = None
-    qkv: str | None = None
-    qkv_layout: str = "(three head d_head)"
+from mechmm.model.grids import Medium, encoders, fused, packed, single, tiles
+from mechmm.model.rows import Family, MediumInput, Projector, Stack
+from mechmm.model.stacks import STACKS
 
 
-@dataclass(frozen=True)
-class Projector:
-    """The map from a tower to the language model, paths relative to its root.
-
-    Attributes:
-        root: module that takes tower features and gives language model embeddings.
-        pre: module whose output is the hidden layer before the activation, or None.
-        post: module whose input is the hidden layer after the activation, or None.
-    """
-
-    root: str
-    pre: str | None = None
-    post: str | None = None
+Grids = Callable[[Any, Mapping[str, Any]], list[Medium]]
 
 
-@dataclass(frozen=True)
-class Family:
-    """A multimodal architecture, paths relative to the Hugging Face model.
-
-    Attributes:
-        architecture: the class name in `transformers`, as in `config.architectures`.
-        language: root of the language model's stack, whose hooks have no prefix.
-        towers: root of every other stack, by the prefix of its hooks.
-        projectors: by prefix.
-        unembed: the output layer.
-        placeholder: name of the config entry with the token id that an image fills.
-        pixels: name of the model input with the picture.
-        grids: the patch grid of every image of a batch, from (config, model inputs).
-        unread: (config) -> hook name patterns that this configuration leaves unread, each with
-            the reason.
-    """
-
-    architecture: str
-    language: str
-    towers: Mapping[str, str]
-    projectors: Mapping[str, Projector]
-    unembed: str = "lm_head"
-    placeholder: str = "image_token_id"
-    pixels: str = "pixel_values"
-    grids: Callable[[Any, Mapping[str, Any]], list[Grid]] = one_grid_per_image
-    unread: Callable[[Any], Mapping[str, str]] = field(default=lambda config: {})
-
-
-def _llava_unread(config: Any) -> dict[str, str]:
-    """What lies behind the vision layer that the projector reads."""
+def _behind_chosen_layer(config: Any) -> dict[str, str]:
+    """What lies behind the vision layer that the projector reads (`vision_feature_layer`)."""
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else chosen
     last = max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
     reason = f"the projector reads vision layer {chosen} (vision_feature_layer)"
     behind = "|".join(str(layer) for layer in range(last, layers))
-    found = {r"vision\.ln_final\..*": reason}
-    return found | ({rf"vision\.blocks\.({behind})\..*": reason} if behind else {})
+    found = {r"(vision|video)\.ln_final\..*": reason}
+    return found | ({rf"(vision|video)\.blocks\.({behind})\..*": reason} if behind else {})
 
 
-GATED_DECODER = Stack(
-    embed="embed_tokens",
-    ln1="input_layernorm",
-    ln2="post_attention_layernorm",
-    ln_final="norm",
-    mlp_gate="gate_proj",
-    norm="rms",
-)
-SIGLIP_ENCODER = Stack(
-    blocks=("encoder.layers",),
-    embed="embeddings",
-    ln1="layer_norm1",
-    ln2="layer_norm2",
-    ln_final="post_layernorm",
-    o="out_proj",
-    mlp_in="fc1",
-    mlp_out="fc2",
-)
-CLIP_ENCODER = Stack(**{**vars(SIGLIP_ENCODER), "ln_pre": "pre_layrnorm"})
+def _cancelled_scales(config: Any) -> dict[str, str]:
+    """Mllama's cross-attention norms its queries: their scale before that cancels."""
+    layers = "|".join(str(layer) for layer in config.text_config.cross_attention_layers)
+    reason = "cross-attention norms its queries, which cancels their scale"
+    return {rf"blocks\.({layers})\.ln1\.hook_scale": reason}
 
-STACKS: dict[str, Stack] = {
-    "llama": GATED_DECODER,
-    "mistral": GATED_DECODER,
-    "qwen2": GATED_DECODER,
-    "clip_vision_model": CLIP_ENCODER,
-    "siglip_vision_model": SIGLIP_ENCODER,
-}
-"""Transformer stacks by the `model_type` of their config."""
 
-FAMILIES: dict[str, Family] = {
-    family.architecture: family
-    for family in (
-        Family(
-            architecture="LlavaForConditionalGeneration",
-            language="model.language_model",
-            towers={"vision": "model.vision_tower"},
-            projectors={
-                "projector": Projector("model.multi_modal_projector", "linear_1", "linear_2")
-            },
-            unread=_llava_unread,
-        ),
+def _before_final_norm(config: Any) -> dict[str, str]:
+    return {r"vision\.ln_final\..*": "the output is read before the final norm"}
+
+
+LANGUAGE_MODEL = {"language": "model.language_model"}
+TWO_LAYERS = {"projector": Projector("model.multi_modal_projector", "linear_1", "linear_2")}
+"""A projector of two linear layers, under the usual names."""
+MERGER = Projector("model.visual.merger", "linear_fc1", "linear_fc2")
+
+
+def _images(grids: Grids, placeholder: str | None = "image_token_id") -> MediumInput:
+    return MediumInput("image", "pixel_values", placeholder, grids)
+
+
+def _videos(grids: Grids, placeholder: str = "video_token_id") -> MediumInput:
+    return MediumInput("video", "pixel_values_videos", placeholder, grids)
+
+
+def _llava_images(config: Any, inputs: Mapping[str, Any]) -> list[Medium]:
+    """LLaVA with any vision tower: Pixtral's keeps the proportions of pictures."""
+    sized = config.vision_config.model_type == "pixtral"
+    return (packed.images_by_size if sized else single.llava)(config, inputs)
+
+
+def _llava_like(architecture: str, *media: MediumInput, **options: Any) -> Family:
+    """A tower, a projector of two layers and a language model, under LLaVA's names."""
+    options.setdefault("projectors", TWO_LAYERS)
+    towers = {"vision": "model.vision_tower", **LANGUAGE_MODEL}
+    return Family(architecture, towers, media, **options)
+
+
+def _qwen_like(architecture: str, *media: MediumInput, **options: Any) -> Family:
+    """A packed tower with a patch merger and a language model with several rotary axes."""
+    options.setdefault("projectors", {"projector": MERGER})
+    towers = {"vision": "model.visual", **LANGUAGE_MODEL}
+    return Family(architecture, towers, media, own_positions=True, **options)
+
+
+def _connected(architecture: str, grids: Grids, connector: str, **options: Any) -> Family:
+    """A tower, a connector that shuffles pixels, and a language model, under Idefics' names."""
+    towers = {"vision": "model.vision_model", "language": "model.text_model"}
+    projectors = {"projector": Projector(connector)}
+    return Family(architecture, towers, (_images(grids),), projectors, **options)
+
+
+def _deepstack(config: Any) -> int:
+    return len(config.vision_config.deepstack_visual_indexes)
+
+
+_QWEN_MEDIA = (_images(packed.images_by_grid), _videos(packed.videos_by_grid))
+_ENCODED = _images(encoders.patches, None)
+
+
+def _dual(architecture: str, images: MediumInput, projectors: Mapping[str, Projector]) -> Family:
+    """Two encoders whose ends are compared."""
+    return Family(
+        architecture,
+        {"vision": "vision_model", "text": "text_model"},
+        (images,),
+        projectors,
+        unembed=None,
+        output="logits_per_image",
     )
-}
-"""Multimodal architectures by class name."""
+
+
+def _vision(architecture: str, root: str, output: str, **options: Any) -> Family:
+    """A vision encoder alone."""
+    images = options.pop("images", _ENCODED)
+    return Family(architecture, {"vision": root}, (images,), unembed=None, output=output, **options)
+
+
+_ROWS = (
+    # A tower whose features take the places of placeholders
+    _llava_like(
+        "LlavaForConditionalGeneration", _images(_llava_images), unread=_behind_chosen_layer
+    ),
+    _llava_like(
+        "VipLlavaForConditionalGeneration",
+        _images(single.llava_without_first),
+        unread=_behind_chosen_layer,
+    ),
+    Family(
+        "VideoLlavaForConditionalGeneration",
+        {"vision": "model.image_tower", "video": "model.video_tower", **LANGUAGE_MODEL},
+        (
+            _images(single.llava),
+            _videos(single.frames),
+        ),
+        TWO_LAYERS,
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like(
+        "LlavaNextForConditionalGeneration", _images(tiles.anyres), unread=_behind_chosen_layer
+    ),
+    _llava_like(
+        "LlavaNextVideoForConditionalGeneration",
+        _images(tiles.anyres),
+        _videos(tiles.averaged_frames),
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like(
+        "LlavaOnevisionForConditionalGeneration",
+        _images(tiles.anyres),
+        _videos(tiles.halved_frames),
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like(
+        "InternVLForConditionalGeneration",
+        _images(tiles.unmarked_tiles),
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like(
+        "AyaVisionForConditionalGeneration",
+        _images(tiles.lone_marks),
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like("Cohere2VisionForConditionalGeneration", _images(tiles.lone_marks)),
+    _llava_like(
+        "Lfm2VlForConditionalGeneration",
+        _images(tiles.native_tiles),
+        projectors={},
+        absent={"projector": "it is called once per tile, with tiles of different sizes"},
+    ),
+    _llava_like(
+        "Mistral3ForConditionalGeneration",
+        _images(packed.images_by_size),
+        unread=_behind_chosen_layer,
+    ),
+    _llava_like(
+        "PaliGemmaForConditionalGeneration",
+        _images(single.patches),
+        projectors={"projector": Projector("model.multi_modal_projector")},
+    ),
+    _llava_like(
+        "Gemma3ForConditionalGeneration",
+        _images(single.averaged),
+        projectors={"projector": Projector("model.multi_modal_projector")},
+    ),
+    Family(
+        "Ovis2ForConditionalGeneration",
+        {"vision": "model.vision_tower.transformer", **LANGUAGE_MODEL},
+        (_images(tiles.indicated_tiles),),
+        {"projector": Projector("model.visual_embeddings_table")},
+    ),
+    Family(
+        "DeepseekVLForConditionalGeneration",
+        {"vision": "model.vision_model", **LANGUAGE_MODEL},
+        (_images(tiles.untiled),),
+        {"projector": Projector("model.aligner", "linear1", "linear2")},
+    ),
+    Family(
+        "JanusForConditionalGeneration",
+        {"vision": "model.vision_model", **LANGUAGE_MODEL},
+        (_images(tiles.untiled),),
+        {"projector": Projector("model.aligner", "fc1", "hidden_layers.0")},
+    ),
+    _connected("Idefics3ForConditionalGeneration", tiles.row_marks, "model.connector"),
+    _connected("SmolVLMForConditionalGeneration", tiles.row_marks, "model.connector"),
+    Family(
+        "Llama4ForConditionalGeneration",
+        {"vision": "vision_model", "language": "language_model.model"},
+        (_images(tiles.separated_tiles),),
+        {
+            "adapter": Projector("vision_model.vision_adapter", "mlp.fc1", "mlp.fc2"),
+            "projector": Projector("multi_modal_projector"),
+        },
+        unembed="language_model.lm_head",
+    ),
+    # Packed towers
+    _qwen_like(
+        "Qwen2VLForConditionalGeneration",
+        *_QWEN_MEDIA,
+        projectors={"projector": Projector("model.visual.merger", "mlp.0", "mlp.2")},
+    ),
+    _qwen_like(
+        "Qwen2_5_VLForConditionalGeneration",
+        *_QWEN_MEDIA,
+        projectors={"projector": Projector("model.visual.merger", "mlp.0", "mlp.2")},
+    ),
+    *(
+        _qwen_like(
+            architecture,
+            *_QWEN_MEDIA,
+            projectors={
+                "projector": MERGER,
+                "deepstack": replace(MERGER, root="model.visual.deepstack_merger_list"),
+            },
+            deepstack=_deepstack,
+        )
+        for architecture in (
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLMoeForConditionalGeneration",
+        )
+    ),
+    _qwen_like("Qwen3_5ForConditionalGeneration", *_QWEN_MEDIA),
+    *(
+        _qwen_like(
+            architecture,
+            _images(packed.images_by_grid),
+            _videos(packed.videos_by_frame, "image_token_id"),
+            projectors={"projector": Projector("model.visual.merger", "gate_proj", "down_proj")},
+        )
+        for architecture in ("Glm4vForConditionalGeneration", "Glm46VForConditionalGeneration")
+    ),
+    Family(
+        "PaddleOCRVLForConditionalGeneration",
+        {"vision": "model.visual.vision_model", **LANGUAGE_MODEL},
+        (_images(packed.images_by_grid),),
+        {"projector": Projector("model.projector")},
+        own_positions=True,
+    ),
+    # A stack between the tower and the language model, or attention across
+    Family(
+        "Idefics2ForConditionalGeneration",
+        {
+            "vision": "model.vision_model",
+            "resampler": "model.connector.perceiver_resampler",
+            "language": "model.text_model",
+        },
+        (_images(single.resampled),),
+        {"projector": Projector("model.connector.modality_projection", "gate_proj", "down_proj")},
+    ),
+    *(
+        Family(
+            architecture,
+            {"vision": "vision_model", "qformer": "qformer", "language": language},
+            (_images(fused.queries),),
+            {"projector": Projector("language_projection", tower="qformer")},
+            unembed="language_model.lm_head",
+        )
+        for architecture, language in (
+            ("Blip2ForConditionalGeneration", "language_model.model.decoder"),
+            ("InstructBlipForConditionalGeneration", "language_model.model"),
+        )
+    ),
+    Family(
+        "MllamaForConditionalGeneration",
+        {"vision": "model.vision_model", **LANGUAGE_MODEL},
+        (_images(tiles.attended_tiles, "image_token_index"),),
+        {"projector": Projector("model.multi_modal_projector")},
+        unread=_cancelled_scales,
+    ),
+    Family(
+        "Florence2ForConditionalGeneration",
+        {
+            "vision": "model.vision_tower",
+            "encoder": "model.language_model.encoder",
+            "language": "model.language_model.decoder",
+        },
+        (_images(fused.mean_and_patches),),
+        {"projector": Projector("model.multi_modal_projector")},
+        stacks={"encoder": "bart_encoder", "language": "bart_decoder"},
+    ),
+    Family(
+        "Qwen2AudioForConditionalGeneration",
+        {"audio": "model.audio_tower", **LANGUAGE_MODEL},
+        (MediumInput("audio", "input_features", "audio_token_id", fused.sound),),
+        {"projector": Projector("model.multi_modal_projector", tower="audio")},
+    ),
+    # Early fusion: images are tokens of a codebook
+    Family("ChameleonForConditionalGeneration", {"language": "model"}, (_images(fused.codes),)),
+    Family(
+        "Emu3ForConditionalGeneration",
+        {"language": "model.text_model"},
+        (_images(fused.codes_by_row),),
+    ),
+    # Encoders
+    _dual(
+        "CLIPModel",
+        _ENCODED,
+        {
+            "vision_projection": Projector("visual_projection"),
+            "text_projection": Projector("text_projection", tower="text"),
+        },
+    ),
+    _dual("SiglipModel", _ENCODED, {"pooler": Projector("vision_model.head")}),
+    _dual(
+        "Siglip2Model",
+        _images(encoders.padded_patches, None),
+        {"pooler": Projector("vision_model.head")},
+    ),
+    _vision("CLIPVisionModel", "", "last_hidden_state", unread=_before_final_norm),
+    _vision(
+        "CLIPVisionModelWithProjection",
+        "vision_model",
+        "image_embeds",
+        projectors={"projector": Projector("visual_projection")},
+    ),
+    _vision("SiglipVisionModel", "", "last_hidden_state"),
+    _vision(
+        "Siglip2VisionModel",
+        "",
+        "last_hidden_state",
+        images=_images(encoders.padded_patches, None),
+    ),
+    _vision("ViTModel", "", "last_hidden_state"),
+    _vision("ViTForImageClassification", "vit", "logits"),
+    _vision("Dinov2Model", "", "last_hidden_state"),
+    _vision("Dinov2ForImageClassification", "dinov2", "logits"),
+    _vision("DINOv3ViTModel", "", "last_hidden_state"),
+)
+
+FAMILIES: dict[str, Family] = {family.architecture: family for family in _ROWS}
+"""Architectures by class name."""
 
 
 class UnknownArchitectureError(ValueError):
@@ -165,13 +348,14 @@ def family_of(architecture: str) -> Family:
     """The row of an architecture.
 
     Raises:
-        UnknownArchitectureError: with the rows that exist and how to add one.
+        UnknownArchitectureError: with the nearest rows and how to add one.
     """
     if architecture not in FAMILIES:
         raise UnknownArchitectureError(
-            f"no row for architecture {architecture!r}; known: {', '.join(sorted(FAMILIES))}. "
-            "To add it, write one Family row in mechmm/model/families.py (CONTRIBUTING.md, "
-            "'Add a model family') and pass the model to HookedMultimodal.from_hf"
+            f"no row for architecture {architecture!r}; nearest: "
+            f"{_nearest(architecture, FAMILIES)}. To add it, write one Family row in mechmm/model/families.py "
+            "(CONTRIBUTING.md, 'Add a model family') and pass the model to HookedMultimodal.from_hf; "
+            "`mechmm families` lists the rows"
         )
     return FAMILIES[architecture]
 
@@ -180,12 +364,16 @@ def stack_of(model_type: str, prefix: str) -> Stack:
     """The row of a tower by its config's `model_type`.
 
     Raises:
-        UnknownArchitectureError: naming the tower, the rows that exist and how to add one.
+        UnknownArchitectureError: naming the tower, the nearest rows and how to add one.
     """
     if model_type not in STACKS:
         raise UnknownArchitectureError(
-            f"tower {prefix!r}: no row for model_type {model_type!r}; known: "
-            f"{', '.join(sorted(STACKS))}. To add it, write one Stack row in "
-            "mechmm/model/families.py (CONTRIBUTING.md, 'Add a model family')"
+            f"tower {prefix!r}: no row for model_type {model_type!r}; nearest: "
+            f"{_nearest(model_type, STACKS)}. To add it, write one Stack row in "
+            "mechmm/model/stacks.py (CONTRIBUTING.md, 'Add a model family')"
         )
     return STACKS[model_type]
+
+
+def _nearest(name: str, table: dict) -> str:
+    return ", ".join(difflib.get_close_matches(name, table, n=4, cutoff=0.0))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedModel
 
 from mechmm.model import attention
 from mechmm.model.batch import Batch, InputError, Picture, open_picture, per_prompt
-from mechmm.model.families import Family, UnknownArchitectureError, family_of, stack_of
+from mechmm.model.families import UnknownArchitectureError, family_of, stack_of
 from mechmm.model.grids import window
 from mechmm.model.overlay import Overlay
-from mechmm.model.tower import WEIGHTS, Tower, TowerConfig
+from mechmm.model.rows import VERIFIED, Family, MediumInput
+from mechmm.model.tower import WEIGHTS, MissingPathError, Tower, TowerConfig
 
 DEMO = "mechmm/demo"
 LANGUAGE = "language"
@@ -61,7 +63,7 @@ class HookedMultimodal(HookedRootModule):
                 "the model is in training mode, where dropout makes every run different; call "
                 "hf_model.eval() first"
             )
-        if attention.NAME in _attention_of(hf_model).values():
+        if {attention.NAME, attention.PACKED} & set(_attention_of(hf_model).values()):
             raise ValueError(
                 "this Hugging Face model is wrapped already; call unwrap() on that first"
             )
@@ -72,7 +74,7 @@ class HookedMultimodal(HookedRootModule):
         object.__setattr__(self, "towers", self._find_towers())
         object.__setattr__(self, "_before", _attention_of(hf_model))
         attention.register()
-        hf_model.set_attn_implementation(attention.NAME)
+        self._switch_attention()
         object.__setattr__(self, "_overlay", Overlay(self))
         self._lay()
         self.setup()
@@ -158,23 +160,53 @@ class HookedMultimodal(HookedRootModule):
         return self.hf_model
 
     def _find_towers(self) -> dict[str, Tower]:
-        found = {LANGUAGE: ("", self.family.language)}
-        found |= {name: (f"{name}.", path) for name, path in self.family.towers.items()}
         towers = {}
-        for name, (prefix, path) in found.items():
-            root = self.hf_model.get_submodule(path)
-            config: Any = root.config
-            unembed = self.hf_model.get_submodule(self.family.unembed) if name == LANGUAGE else None
-            row = stack_of(config.model_type, name)
+        for name, path in self.family.towers.items():
+            root = self._root(path)
+            config: Any = getattr(root, "config", self.hf_model.config)
+            language = name == LANGUAGE and self.family.unembed is not None
+            unembed = self._root(self.family.unembed) if language else None
+            row = stack_of(self.family.stacks.get(name, config.model_type), name)
+            prefix = "" if name == LANGUAGE else f"{name}."
             towers[name] = Tower(prefix, row, root, config, unembed)
         return towers
 
-    def _lay(self) -> None:
+    def _root(self, path: str | None) -> Any:
+        """A module of the Hugging Face model that the family's row names."""
+        try:
+            return self.hf_model.get_submodule(path or "")
+        except AttributeError:
+            raise MissingPathError(
+                f"{self.family.architecture} has no module {path!r} in transformers "
+                f"{transformers.__version__}; its row in mechmm/model/families.py was verified "
+                f"with transformers {VERIFIED}: install that version, or mend the row"
+            ) from None
+
+    def _switch_attention(self) -> None:
+        """Every tower calls our attention function, a packed one once for all its chunks; models
+        beside the towers (an image tokenizer) keep theirs."""
+        self.hf_model.set_attn_implementation(attention.NAME)
+        roots = [tower.root for tower in self.towers.values()]
+        inside = {id(module) for root in roots for module in root.modules()}
+        for module in _models(self.hf_model):
+            around = any(root in module.modules() for root in roots)
+            if id(module) not in inside and not around:
+                module.config._attn_implementation_internal = self._before[id(module.config)]
         for tower in self.towers.values():
-            eager = self._before.get(id(tower.root.config)) == "eager"
-            self._overlay.lay_tower(tower, eager)
+            packing = tower.row.packed
+            chunked = packing is not None and packing.chunked
+            tower.root.config._attn_implementation_internal = (  # type: ignore[union-attr]
+                attention.PACKED if chunked else attention.NAME
+            )
+
+    def _lay(self) -> None:
+        for name, tower in self.towers.items():
+            eager = self._before.get(id(tower.config)) == "eager"
+            deepstack = self.family.deepstack(self.config) if name == LANGUAGE else 0
+            self._overlay.lay_tower(tower, eager, deepstack)
         for prefix, row in self.family.projectors.items():
-            self._overlay.lay_projector(self.hf_model.get_submodule(row.root), prefix, row)
+            tower = self.towers.get(row.tower) or next(iter(self.towers.values()))
+            self._overlay.lay_projector(self._root(row.root), prefix, row, tower)
 
     # What it is ------------------------------------------------------------------------------
 
@@ -185,8 +217,12 @@ class HookedMultimodal(HookedRootModule):
 
     @property
     def cfg(self) -> TowerConfig:
-        """Sizes of the language model, in TransformerLens's names."""
-        return self.towers[LANGUAGE].cfg
+        """Sizes of the language model (or the only tower), in TransformerLens's names."""
+        return self._main.cfg
+
+    @property
+    def _main(self) -> Tower:
+        return self.towers.get(LANGUAGE) or next(iter(self.towers.values()))
 
     @property
     def device(self) -> torch.device:
@@ -198,21 +234,40 @@ class HookedMultimodal(HookedRootModule):
         """Of the parameters."""
         return self.hf_model.dtype
 
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what the Hugging Face model takes."""
+        parameters = inspect.signature(self.hf_model.forward).parameters.values()
+        return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+
+    def takes(self, name: str) -> bool:
+        """Whether the Hugging Face model has an input of this name."""
+        return name in self.inputs
+
+    def placeholder_of(self, medium: MediumInput) -> int:
+        """The token id that a medium fills, -1 where it fills none."""
+        return -1 if medium.placeholder is None else getattr(self.config, medium.placeholder)
+
+    def token_of(self, medium: MediumInput) -> str:
+        """The placeholder of a medium as text."""
+        token = self.placeholder_of(medium)
+        if self.processor is None:
+            return f"token {token}"
+        return self.processor.tokenizer.convert_ids_to_tokens(token)
+
     @property
     def placeholder(self) -> int:
         """The token id that a picture fills."""
-        return getattr(self.config, self.family.placeholder)
+        return self.placeholder_of(self.family.media[0])
 
     @property
     def image_token(self) -> str:
-        """The placeholder as text."""
-        if self.processor is None:
-            return f"token {self.placeholder}"
-        return self.processor.tokenizer.convert_ids_to_tokens(self.placeholder)
+        """The placeholder of a picture as text."""
+        return self.token_of(self.family.media[0])
 
     def __getattr__(self, name: str) -> Any:
         if name in ("W_E", "W_U", *WEIGHTS["attn"], *WEIGHTS["mlp"]):
-            return getattr(self.towers[LANGUAGE], name)
+            return getattr(self._main, name)
         return super().__getattr__(name)
 
     def __repr__(self) -> str:
@@ -326,13 +381,15 @@ class HookedMultimodal(HookedRootModule):
 
     def forward(
         self, batch: Batch | Int[Tensor, "batch pos"], *, logits_to_keep: int = 0
-    ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits of a batch [batch, pos, vocab].
+    ) -> Float[Tensor, "batch *rest"]:
+        """What the family gives of a batch: logits [batch, pos, vocab] of a language model (of an
+        encoder-decoder: of its decoder), `logits_per_image` [image, text] of a dual encoder, class
+        logits [image, class] or features [image, pos, d_model] of a vision encoder.
 
         Args:
             batch: from `encode` or `Batch.from_inputs`; a tensor of token ids is taken as text
                 alone and refused where it has image placeholders.
-            logits_to_keep: only the last so many positions; 0: all.
+            logits_to_keep: only the last so many positions of a language model; 0: all.
 
         Raises:
             InputError: placeholders without pixels; pixels of another dtype or device.
@@ -353,13 +410,18 @@ class HookedMultimodal(HookedRootModule):
                 f"the batch is on {batch.input_ids.device}, the model on {self.device}; call "
                 "batch.to(model.device)"
             )
-        return self.hf_model(**batch.inputs, use_cache=False, logits_to_keep=logits_to_keep).logits
+        options = {"use_cache": False} if self.takes("past_key_values") else {}
+        if self.takes("logits_to_keep"):
+            options["logits_to_keep"] = logits_to_keep
+        output = self.hf_model(**batch.inputs, **options)[self.family.output]
+        sliced = "logits_to_keep" in options or self.family.unembed is None
+        return output if sliced else output[:, -logits_to_keep:]
 
     def _check_attention(self) -> None:
         """Refuse to run where the attention hooks would be dead."""
         for name, tower in self.towers.items():
-            now = tower.root.config._attn_implementation  # type: ignore[union-attr]
-            if now != attention.NAME:
+            now = tower.config._attn_implementation
+            if now not in (attention.NAME, attention.PACKED):
                 raise ValueError(
                     f"attention of tower {name!r} was set to {now!r}, so its hooks would not fire: "
                     "the model was unwrapped, or its config changed; wrap it again with from_hf"
@@ -387,7 +449,8 @@ class HookedMultimodal(HookedRootModule):
         inputs = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
         generate: Any = self.hf_model.generate
         whole = generate(**inputs, **options)
-        return whole[:, batch.input_ids.shape[1] :]
+        start = batch.extra.get("decoder_input_ids", batch.input_ids)
+        return whole[:, start.shape[1] :]
 
     def run_with_cache(  # type: ignore[override]
         self,
@@ -477,8 +540,12 @@ def _architecture(config: Any, source: str) -> str:
 
 def _configs(hf_model: PreTrainedModel) -> list[Any]:
     """The configs of a model and of every model inside it."""
-    inside = [m for m in hf_model.modules() if isinstance(m, PreTrainedModel)]
-    return list({id(module.config): module.config for module in inside}.values())
+    return list({id(module.config): module.config for module in _models(hf_model)}.values())
+
+
+def _models(hf_model: PreTrainedModel) -> list[PreTrainedModel]:
+    """A model and every model inside it."""
+    return [module for module in hf_model.modules() if isinstance(module, PreTrainedModel)]
 
 
 def _attention_of(hf_model: PreTrainedModel) -> Mapping[int, str]:

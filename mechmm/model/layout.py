@@ -11,11 +11,13 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mechmm.model.grids import Grid
+from mechmm.model.grids import NOWHERE, Grid, Medium
 
-PADDING, TEXT, IMAGE = 0, 1, 2
-MODALITIES = ("padding", "text", "image")
+PADDING, TEXT, IMAGE, VIDEO, AUDIO = range(5)
+MODALITIES = ("padding", "text", "image", "video", "audio")
 BUILT_IN = ("all", "text", "image", "before_image", "question", "last")
+MEDIA_SPANS = ("video", "audio")
+"""Built in too, where a layout has such positions."""
 
 
 class SpanError(ValueError):
@@ -48,10 +50,17 @@ class Words:
 
 @dataclass(frozen=True)
 class Patches:
-    """Cells of an image's grid: (row, column) pairs."""
+    """Cells of one view of an image: (row, column) pairs.
+
+    Attributes:
+        cells: of the view's grid.
+        image: which medium of the prompt, from 0.
+        view: which of its views: the whole picture or a tile, a frame of a video.
+    """
 
     cells: tuple[tuple[int, int], ...]
     image: int = 0
+    view: int = 0
 
 
 Window = tuple[float, float, float, float]
@@ -67,10 +76,11 @@ class TokenLayout:
 
     Attributes:
         modality: [batch, pos], an index into `MODALITIES`.
-        image: [batch, pos], which image of its own prompt a position belongs to, or -1.
-        row, column: [batch, pos], place in that image's grid of tokens, or -1.
+        image: [batch, pos], which medium of its own prompt a position belongs to, or -1.
+        view: [batch, pos], which view of that medium, or -1.
+        row, column: [batch, pos], place in that view's grid of cells, or -1.
         tokens: the token of every position, as text with its leading space, per prompt.
-        grids: per prompt, the grid of each of its images.
+        media: per prompt, its images, videos and clips, each with its views.
         windows: per prompt, the part (left, top, right, bottom) of each picture, in pixels of the
             picture as it was given, that the grid of patches lies on; empty where it is unknown.
         text_only: whether the call was made without images on purpose.
@@ -79,10 +89,11 @@ class TokenLayout:
 
     modality: Int[Tensor, "batch pos"]
     image: Int[Tensor, "batch pos"]
+    view: Int[Tensor, "batch pos"]
     row: Int[Tensor, "batch pos"]
     column: Int[Tensor, "batch pos"]
     tokens: tuple[tuple[str, ...], ...]
-    grids: tuple[tuple[Grid, ...], ...]
+    media: tuple[tuple[Medium, ...], ...]
     windows: tuple[tuple[Window, ...], ...] = ()
     text_only: bool = False
     defined: Mapping[str, Bool[Tensor, "batch pos"]] = field(default_factory=dict)
@@ -95,14 +106,18 @@ class TokenLayout:
     @property
     def spans(self) -> tuple[str, ...]:
         """Names of all spans, built in and user-defined."""
-        return (*BUILT_IN, *self.defined)
+        there = [name for name in MEDIA_SPANS if bool(self._is(name).any())]
+        return (*BUILT_IN, *there, *self.defined)
+
+    def _is(self, modality: str) -> Bool[Tensor, "batch pos"]:
+        return self.modality == MODALITIES.index(modality)
 
     def mask(self, span: str) -> Bool[Tensor, "batch pos"]:
         """Which positions a span covers.
 
-        `all`: everything but padding; `text`, `image`; `before_image`: text before the first
-        image; `question`: text after the last image (all text where there is no image); `last`:
-        the last position.
+        `all`: everything but padding; `text`, `image`, `video`, `audio`; `before_image`: text
+        before the first medium; `question`: text after the last one (all text where there is none);
+        `last`: the last position.
 
         Raises:
             SpanError: for an unknown name, with the names there are.
@@ -110,15 +125,14 @@ class TokenLayout:
         if span in self.defined:
             return self.defined[span]
         real, text = self.modality != PADDING, self.modality == TEXT
-        picture = self.modality == IMAGE
-        seen = picture.long().cumsum(-1)
+        seen = (self.modality >= IMAGE).long().cumsum(-1)
         total = seen[:, -1:]
         if span == "all":
             return real
         if span == "text":
             return text
-        if span == "image":
-            return picture
+        if span == "image" or (span in self.spans and span in MEDIA_SPANS):
+            return self._is(span)
         if span == "before_image":
             return text & (seen == 0) & (total > 0)
         if span == "question":
@@ -138,38 +152,59 @@ class TokenLayout:
         """Positions of one prompt that a span covers."""
         return self.mask(span)[prompt].nonzero().flatten().tolist()
 
-    def patches(self, box: Box, prompt: int = 0) -> Patches:
-        """The cells of an image's grid that a pixel box touches.
+    def patches(self, box: Box, prompt: int = 0) -> tuple[Patches, ...]:
+        """The cells that a pixel box touches, in every view of its image that shows part of it.
 
         Raises:
             SpanError: where the prompt has no such image, or the box leaves the picture.
         """
-        grid, (left, top, right, bottom) = self._image(box.image, prompt)
+        medium, (left, top, right, bottom) = self._image(box.image, prompt)
         if not (left <= box.left < box.right <= right and top <= box.top < box.bottom <= bottom):
             raise SpanError(
                 f"prompt {prompt}: {box} is not inside what the model sees of the picture, from "
                 f"({left:g}, {top:g}) to ({right:g}, {bottom:g}); give left < right and "
                 "top < bottom within it"
             )
-        rows = _touched(box.top - top, box.bottom - top, bottom - top, grid.rows)
-        columns = _touched(box.left - left, box.right - left, right - left, grid.columns)
-        return Patches(tuple((r, c) for r in rows for c in columns), box.image)
+        wide, high = right - left, bottom - top
+        across = (box.left - left) / wide, (box.right - left) / wide
+        down = (box.top - top) / high, (box.bottom - top) / high
+        found = []
+        for number, view in enumerate(medium.views):
+            rows = _touched(*down, view.window[1], view.window[3], view.rows)
+            columns = _touched(*across, view.window[0], view.window[2], view.columns)
+            cells = tuple((r, c) for r in rows for c in columns)
+            if cells:
+                found.append(Patches(cells, box.image, number))
+        return tuple(found)
+
+    def cells(self, box: Box, prompt: int = 0) -> set[tuple[int, int, int]]:
+        """(view, row, column) of every cell that a pixel box touches (errors as `patches`)."""
+        return {(p.view, *cell) for p in self.patches(box, prompt) for cell in p.cells}
 
     def box(self, position: int, prompt: int = 0) -> Box:
-        """The pixel box of the patch that a position stands for.
+        """The pixel box of the cell that a position stands for.
 
         Raises:
-            SpanError: where the position is no patch of an image.
+            SpanError: where the position has no place in an image.
         """
         row, column = int(self.row[prompt, position]), int(self.column[prompt, position])
         if row < 0:
             what = MODALITIES[int(self.modality[prompt, position])]
             raise SpanError(f"prompt {prompt}: position {position} is {what}, not a patch")
         image = int(self.image[prompt, position])
-        grid, (left, top, right, bottom) = self._image(image, prompt)
-        x, y = (right - left) / grid.columns, (bottom - top) / grid.rows
-        ends = (left + (column + 1) * x, top + (row + 1) * y)
-        return Box(left + column * x, top + row * y, *ends, image)
+        medium, (left, top, right, bottom) = self._image(image, prompt)
+        view = medium.views[int(self.view[prompt, position])]
+        wide, high = right - left, bottom - top
+        x = (view.window[2] - view.window[0]) / view.columns
+        y = (view.window[3] - view.window[1]) / view.rows
+        start = view.window[0] + column * x, view.window[1] + row * y
+        return Box(
+            left + start[0] * wide,
+            top + start[1] * high,
+            left + (start[0] + x) * wide,
+            top + (start[1] + y) * high,
+            image,
+        )
 
     def find(self, where: Where, prompt: int = 0) -> list[int]:
         """Positions of one prompt that a box, some patches or some words stand at.
@@ -180,8 +215,15 @@ class TokenLayout:
         if isinstance(where, Words):
             return self._find_words(where, prompt)
         if isinstance(where, Box):
-            where = self.patches(where, prompt)
-        return [self._position(row, column, where.image, prompt) for row, column in where.cells]
+            there = [p for some in self.patches(where, prompt) for p in self._places(some, prompt)]
+            found = [position for position in there if position is not None]
+            if not found:
+                raise SpanError(
+                    f"prompt {prompt}: no position of the prompt stands for {where}; its image "
+                    "reaches the language model without places"
+                )
+            return sorted(found)
+        return [self._position(row, column, where, prompt) for row, column in where.cells]
 
     def with_span(self, name: str, where: Where | Sequence[Where]) -> TokenLayout:
         """A layout with one more span: one place for all prompts, or one per prompt.
@@ -209,21 +251,40 @@ class TokenLayout:
         return replace(self, defined={**self.defined, name: mask})
 
     def vision_positions(self, span: str, prompt: int = 0) -> list[tuple[int, int]]:
-        """(image, position in the vision tower) of every patch that a span covers.
+        """(row, position) in the vision tower of every patch that a span covers, rows counted from
+        the first one of the prompt's own media.
 
-        `all` covers every position of the tower, a class token included.
+        `all` covers every position of the tower, a class token included. Where positions stand for
+        the whole picture (the queries of a Q-Former), they cover all of its patches, and so does
+        `image` where no position stands for a picture at all.
         """
+        media = self.media[prompt]
+        starts = np.cumsum([0, *(medium.tower_rows for medium in media)]).tolist()
         if span == "all":
-            grids = enumerate(self.grids[prompt])
-            return [(i, p) for i, g in grids for p in range(g.tower_extra + g.rows * g.columns)]
+            return [
+                (row, position)
+                for start, medium in zip(starts, media, strict=False)
+                for row in range(start, start + medium.tower_rows)
+                for position in range(medium.tower_positions)
+            ]
         found = []
+        if span == "image":
+            silent = ((i, v) for i, m in enumerate(media) if not m.tokens for v in m.views)
+            found = [(starts[i] + r, p) for i, v in silent for r, p in _patches(v)]
         for position in self.positions(span, prompt):
+            image, number = int(self.image[prompt, position]), int(self.view[prompt, position])
+            if image < 0:
+                continue
+            view = media[image].views[number]
             row, column = int(self.row[prompt, position]), int(self.column[prompt, position])
             if row >= 0:
-                image = int(self.image[prompt, position])
-                grid = self.grids[prompt][image]
-                found.append((image, grid.tower_extra + row * grid.columns + column))
-        return found
+                made_of = view.sources[row * view.columns + column].tolist()
+            elif all(cell == NOWHERE for cell in view.cells):
+                made_of = _patches(view)
+            else:
+                continue
+            found += [(starts[image] + r, p) for r, p in made_of]
+        return list(dict.fromkeys(found))
 
     def __str__(self) -> str:
         """A table of runs of positions: prompt, positions, modality, place, spans, tokens."""
@@ -240,7 +301,11 @@ class TokenLayout:
         names = [name for name in self.spans if name not in ("all", "text", "image")]
         masks = np.stack([self.mask(name)[prompt].numpy() for name in names])
         keys = [
-            (int(self.modality[prompt, p]), int(self.image[prompt, p]), tuple(masks[:, p]))
+            (
+                int(self.modality[prompt, p]),
+                (int(self.image[prompt, p]), int(self.view[prompt, p])),
+                tuple(masks[:, p]),
+            )
             for p in range(self.shape[1])
         ]
         starts = [p for p, key in enumerate(keys) if p == 0 or key != keys[p - 1]]
@@ -248,9 +313,11 @@ class TokenLayout:
         for start, stop in zip(starts, [*starts[1:], len(keys)], strict=True):
             modality, image, inside = keys[start]
             what = MODALITIES[modality]
-            if modality == IMAGE:
-                grid = self.grids[prompt][image]
-                what = f"image {image}, {grid.rows} x {grid.columns} patches"
+            if modality >= IMAGE:
+                medium = self.media[prompt][image[0]]
+                grid = medium.views[image[1]]
+                part = f" view {image[1]}" if len(medium.views) > 1 else ""
+                what = f"{what} {image[0]}{part}, {grid.rows} x {grid.columns} patches"
             spans = ", ".join(name for name, is_in in zip(names, inside, strict=True) if is_in)
             where = f"{start}" if stop == start + 1 else f"{start}..{stop - 1}"
             text = self.tokens[prompt][start:stop]
@@ -258,8 +325,8 @@ class TokenLayout:
             runs.append((str(prompt), where, what, spans, shown.strip()))
         return runs
 
-    def _image(self, image: int, prompt: int) -> tuple[Grid, Window]:
-        count = len(self.grids[prompt])
+    def _image(self, image: int, prompt: int) -> tuple[Medium, Window]:
+        count = len(self.media[prompt])
         if not 0 <= image < count:
             raise SpanError(f"prompt {prompt} has {count} image(s); there is no image {image}")
         if not self.windows:
@@ -267,18 +334,28 @@ class TokenLayout:
                 "it is unknown which part of each picture the model sees; make the batch with "
                 "model.encode, or name patches instead of pixels"
             )
-        return self.grids[prompt][image], self.windows[prompt][image]
+        return self.media[prompt][image], self.windows[prompt][image]
 
-    def _position(self, row: int, column: int, image: int, prompt: int) -> int:
-        here = (self.row[prompt] == row) & (self.column[prompt] == column)
-        found = (here & (self.image[prompt] == image)).nonzero().flatten().tolist()
-        if not found:
-            sizes = [f"{grid.rows} x {grid.columns}" for grid in self.grids[prompt]]
+    def _places(self, patches: Patches, prompt: int) -> list[int | None]:
+        """The position of each of some cells, None where no position stands for it."""
+        here = (self.image[prompt] == patches.image) & (self.view[prompt] == patches.view)
+        found = []
+        for row, column in patches.cells:
+            at = here & (self.row[prompt] == row) & (self.column[prompt] == column)
+            found.append(next(iter(at.nonzero().flatten().tolist()), None))
+        return found
+
+    def _position(self, row: int, column: int, where: Patches, prompt: int) -> int:
+        (found,) = self._places(replace(where, cells=((row, column),)), prompt)
+        if found is None:
+            views = [view for medium in self.media[prompt] for view in medium.views]
+            sizes = [f"{view.rows} x {view.columns}" for view in views]
             raise SpanError(
-                f"prompt {prompt}: no position for row {row}, column {column} of image {image}; "
-                f"its images have {', '.join(sizes) or 'no'} patches"
+                f"prompt {prompt}: no position for row {row}, column {column} of image "
+                f"{where.image}, view {where.view}; its images have "
+                f"{', '.join(sizes) or 'no'} patches"
             )
-        return found[0]
+        return found
 
     def _find_words(self, words: Words, prompt: int) -> list[int]:
         """Positions whose tokens overlap the wanted occurrence in the text of the prompt."""
@@ -300,8 +377,13 @@ class TokenLayout:
         return sorted({owners[i] for i in range(match.start(), match.end())})
 
 
-def _touched(low: float, high: float, pixels: float, cells: int) -> range:
-    """Cells of a row of `cells` over `pixels` that the interval [low, high) touches."""
-    first, last = (edge * cells / pixels for edge in (low, high))
+def _patches(view: Grid) -> list[tuple[int, int]]:
+    """(row, position) of every patch of a view."""
+    return [(row, position) for row, position in view.sources.reshape(-1, 2).tolist()]
+
+
+def _touched(low: float, high: float, start: float, stop: float, cells: int) -> range:
+    """Cells of a row of `cells` from `start` to `stop` that the interval [low, high) touches."""
+    first, last = ((edge - start) / (stop - start) * cells for edge in (low, high))
     slack = 1e-9 * cells  # the edge of a cell is not exactly its number times its size
-    return range(int(first + slack), min(cells, int(np.ceil(last - slack))))
+    return range(max(0, int(np.floor(first + slack))), min(cells, int(np.ceil(last - slack))))

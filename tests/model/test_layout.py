@@ -104,9 +104,9 @@ def test_a_class_token_is_no_patch_and_a_dropped_patch_has_no_position():
 def test_boxes_are_in_pixels_of_the_picture_as_it_was_given(mixed):
     wide = mixed.find(Box(0, 0, 16, 12))
     assert [(int(mixed.row[0, p]), int(mixed.column[0, p])) for p in wide] == [(0, 0)]
-    touched = mixed.patches(Box(15, 11, 33, 13))
+    (touched,) = mixed.patches(Box(15, 11, 33, 13))
     assert touched == Patches(tuple((r, c) for r in (0, 1) for c in (0, 1, 2)))
-    tall = mixed.patches(Box(0, 69, 30, 70, image=0), prompt=1)
+    (tall,) = mixed.patches(Box(0, 69, 30, 70, image=0), prompt=1)
     assert tall == Patches(((3, 0), (3, 1), (3, 2), (3, 3)), image=0)
     assert mixed.box(mixed.positions("image", 1)[5], 1) == Box(7.5, 17.5, 15.0, 35.0, image=0)
 
@@ -117,7 +117,7 @@ def test_the_box_of_a_patch_touches_that_patch_alone(width):
     layout = model.encode(QUESTION, picture(width, width + 1)).layout
     for position in layout.positions("image"):
         cell = (int(layout.row[0, position]), int(layout.column[0, position]))
-        assert layout.patches(layout.box(position)).cells == (cell,)
+        assert layout.cells(layout.box(position)) == {(0, *cell)}
         assert layout.find(layout.box(position)) == [position]
 
 
