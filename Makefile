@@ -11,7 +11,7 @@ PINS := torch==2.13.0 transformers==5.23.0 transformer-lens==4.3.0
 UPGRADE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks bench lock clean
+.PHONY: help demo test lint notebooks families bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -32,6 +32,11 @@ lint: $(INSTALLED) ## style, formatting, types and the import arrows
 notebooks: $(INSTALLED) ## run every notebook, leaving the files as they are
 	@set -e; for notebook in $(wildcard notebooks/*.ipynb); do \
 		echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook"; done
+
+families: $(INSTALLED) ## make docs/families.md from the rows
+	$(BIN)/python -c "from mechmm.runs.families import families_page; print(families_page(), end='')" \
+		> docs/families.partial.md
+	@mv docs/families.partial.md docs/families.md
 
 bench: $(INSTALLED) ## run every benchmark on its quick setting
 	@set -e; for benchmark in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \

@@ -45,6 +45,16 @@ def info(name: Name, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def families(as_json: AsJson = False) -> None:
+    """The architectures that can be hooked: towers, media, projectors, how a run can resume."""
+    from mechmm.runs.families import family_table
+    from mechmm.runs.terminal import print_table
+
+    table = family_table()
+    print(table.to_json(orient="records")) if as_json else print_table(table, "Families")
+
+
+@app.command()
 def audit(name: Name, as_json: AsJson = False) -> None:
     """Run every hook point of a model: does it fire, does an edit matter, does a gradient reach it?
 

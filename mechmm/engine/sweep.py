@@ -153,9 +153,7 @@ def tile(batch: Batch, times: int) -> Batch:
         batch,
         input_ids=_repeat(batch.input_ids, times),
         attention_mask=_repeat(batch.attention_mask, times),
-        position_ids=None
-        if batch.position_ids is None
-        else _repeat(batch.position_ids, times),
+        position_ids=None if batch.position_ids is None else _repeat(batch.position_ids, times),
         extra=extra,
         layout=tiled,
         images=batch.images * times,

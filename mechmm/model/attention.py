@@ -11,7 +11,7 @@ cost nothing unless asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -133,73 +133,78 @@ def attention_forward(
     lengths = None if ends is None else (ends[1:] - ends[:-1]).tolist()
     rest = (attention_mask, dropout, scaling, is_causal)
     if hooks is None:
-        return _stock(module, query, key, value, lengths, *rest, **kwargs)
+        return _stock(module, (query, key, value), lengths, *rest, **kwargs)
     query = _fire_heads_first(hooks.rot_q, query, hooks.view)
     key = _fire_heads_first(hooks.rot_k, key, hooks.view)
-    watched = listening(hooks.scores) or listening(hooks.pattern)
+    states, watched = (query, key, value), listening(hooks.scores) or listening(hooks.pattern)
     if not (watched or hooks.eager):
-        z, pattern = _stock(module, query, key, value, lengths, *rest, **kwargs)
+        z, pattern = _stock(module, states, lengths, *rest, **kwargs)
         return fire(hooks.z, z, hooks.view), pattern
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    softcap = kwargs.get("softcap")
-    pack = hooks.pack()
-    options = (scale, dropout, softcap)
-    pattern = None
+    options = Options(scale, dropout, kwargs.get("softcap"))
+    pack, pattern = hooks.pack(), None
     if pack is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         mask = _additive_mask(attention_mask, query, key, bool(causal))
-        z, pattern = _eager(hooks, query, key, value, mask, *options)
+        z, pattern = _eager(hooks, states, mask, options)
     else:
-        sequence = [query.shape[2]] if lengths is None else lengths
-        mask = None if attention_mask is None else _additive_mask(attention_mask, query, key, False)
-        parts = (tensor.split(sequence, dim=2) for tensor in (query, key, value))
-        chunks = zip(*parts, strict=True)
-        z = torch.cat([_eager(None, *chunk, mask, *options)[0] for chunk in chunks], dim=1)
+        z = _eager_by_chunk(states, attention_mask, lengths, options)
         if watched:
             mask = _packed_mask(pack, attention_mask, lengths, query)
-            z = _packed(hooks, pack, z, query, key, value, mask, *options)
+            z = _packed(hooks, pack, z, states, mask, options)
     return fire(hooks.z, z, hooks.view), pattern
 
 
+@dataclass(frozen=True)
+class Options:
+    """What turns scores into a pattern."""
+
+    scaling: float
+    dropout: float
+    softcap: float | None
+
+
+States = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
+
+
+def _chunks(states: States, lengths: list[int]) -> Iterator[States]:
+    query, key, value = (tensor.split(lengths, dim=2) for tensor in states)
+    return zip(query, key, value, strict=True)
+
+
 def _stock(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: list[int] | None,
-    *rest: Any,
-    **kwargs: Any,
+    module: nn.Module, states: States, lengths: list[int] | None, *rest: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """`transformers`' own scaled-dot-product attention, chunk by chunk where the model packs."""
     if lengths is None:
-        return sdpa_attention_forward(module, query, key, value, *rest, **kwargs)
-    parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
-    chunks = [sdpa_attention_forward(module, *c, *rest)[0] for c in zip(*parts, strict=True)]
-    return torch.cat(chunks, dim=1), None
+        return sdpa_attention_forward(module, *states, *rest, **kwargs)
+    parts = [sdpa_attention_forward(module, *c, *rest)[0] for c in _chunks(states, lengths)]
+    return torch.cat(parts, dim=1), None
+
+
+def _eager_by_chunk(
+    states: States, mask: Tensor | None, lengths: list[int] | None, options: Options
+) -> Tensor:
+    """z of a packed sequence as the model's own eager attention gives it."""
+    if lengths is None:
+        return _eager(None, states, _additive_mask(mask, *states[:2], False), options)[0]
+    parts = [_eager(None, chunk, None, options)[0] for chunk in _chunks(states, lengths)]
+    return torch.cat(parts, dim=1)
 
 
 def _packed(
-    hooks: AttentionHooks,
-    pack: Pack,
-    z: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor,
-    scaling: float,
-    dropout: float,
-    softcap: float | None,
+    hooks: AttentionHooks, pack: Pack, z: Tensor, states: States, mask: Tensor, options: Options
 ) -> Tensor:
     """z after hooks on scores and patterns, which show one block-diagonal matrix an image.
 
     Where no edit changed it, z keeps the value that the model's own chunks give, exactly.
     """
-    (query, _), (key, _), (value, back) = (
-        unpacked(tensor.transpose(1, 2), pack.blocks, 1) for tensor in (query, key, value)
-    )
-    heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+    shown = [unpacked(tensor.transpose(1, 2), pack.blocks, 1) for tensor in states]
+    query, key, value = (tensor.transpose(1, 2) for tensor, _ in shown)
+    back = shown[2][1]
     plain, edited = (
-        back(_eager(points, *heads, mask, scaling, dropout, softcap)[0]) for points in (None, hooks)
+        back(_eager(points, (query, key, value), mask, options)[0]) for points in (None, hooks)
     )
     return replaced(z, plain, edited)
 
@@ -209,9 +214,7 @@ def _packed_mask(
 ) -> Tensor:
     """What patches of an image see of each other: [image, 1, patch, patch], additive."""
     index = pack.blocks.to(query.device)
-    lowest = torch.finfo(query.dtype).min
-    there = index >= 0
-    place = index.clamp(min=0)
+    there, place = index >= 0, index.clamp(min=0)
     if mask is not None:
         whole = mask[0, 0]
         seen = whole if whole.dtype == torch.bool else whole == 0
@@ -220,10 +223,7 @@ def _packed_mask(
         sizes = torch.tensor(lengths, device=query.device)
         chunk = torch.arange(len(sizes), device=query.device).repeat_interleave(sizes)[place]
         visible = chunk[:, :, None] == chunk[:, None, :]
-    visible = (visible & there[:, :, None] & there[:, None, :])[:, None]
-    return torch.zeros(visible.shape, dtype=query.dtype, device=query.device).masked_fill(
-        ~visible, lowest
-    )
+    return _additive((visible & there[:, :, None] & there[:, None, :])[:, None], query)
 
 
 def replaced(output: Tensor, computed: Tensor, new: Tensor) -> Tensor:
@@ -238,27 +238,21 @@ def replaced(output: Tensor, computed: Tensor, new: Tensor) -> Tensor:
 
 
 def _eager(
-    hooks: AttentionHooks | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    dropout: float,
-    softcap: float | None,
+    hooks: AttentionHooks | None, states: States, mask: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
     """Step by step as `transformers`' eager attention, in the same order of operations."""
+    query, key, value = states
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
+    scores = torch.matmul(query, key.transpose(2, 3)) * options.scaling
+    if options.softcap is not None:
+        scores = torch.tanh(scores / options.softcap) * options.softcap
     if mask is not None:
         scores = scores + mask
     scores = scores if hooks is None else fire(hooks.scores, scores)
     pattern = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     pattern = pattern if hooks is None else fire(hooks.pattern, pattern)
-    pattern = dropout_fn(pattern, p=dropout, training=dropout > 0)
+    pattern = dropout_fn(pattern, p=options.dropout, training=options.dropout > 0)
     return torch.matmul(pattern, value).transpose(1, 2).contiguous(), pattern
 
 
@@ -267,7 +261,11 @@ def _additive_mask(mask: Tensor | None, query: Tensor, key: Tensor, causal: bool
     q_len, k_len = query.shape[2], key.shape[2]
     if mask is None and causal and q_len > 1:
         mask = torch.ones(q_len, k_len, dtype=torch.bool, device=query.device).tril()[None, None]
-    if mask is None or mask.dtype != torch.bool:
-        return mask
+    return mask if mask is None or mask.dtype != torch.bool else _additive(mask, query)
+
+
+def _additive(visible: Tensor, query: Tensor) -> Tensor:
+    """A boolean mask as what is added to scores."""
     lowest = torch.finfo(query.dtype).min
-    return torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, lowest)
+    zeros = torch.zeros(visible.shape, dtype=query.dtype, device=visible.device)
+    return zeros.masked_fill(~visible, lowest)

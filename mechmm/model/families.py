@@ -11,7 +11,6 @@ from mechmm.model.grids import Medium, encoders, fused, packed, single, tiles
 from mechmm.model.rows import Family, MediumInput, Projector, Stack
 from mechmm.model.stacks import STACKS
 
-
 Grids = Callable[[Any, Mapping[str, Any]], list[Medium]]
 
 
@@ -96,14 +95,18 @@ def _dual(architecture: str, images: MediumInput, projectors: Mapping[str, Proje
         projectors,
         unembed=None,
         output="logits_per_image",
+        resume="encoder",
     )
 
 
 def _vision(architecture: str, root: str, output: str, **options: Any) -> Family:
     """A vision encoder alone."""
     images = options.pop("images", _ENCODED)
-    return Family(architecture, {"vision": root}, (images,), unembed=None, output=output, **options)
+    options |= {"unembed": None, "output": output, "resume": "encoder"}
+    return Family(architecture, {"vision": root}, (images,), **options)
 
+
+_TOKENIZER = {"image tokenizer": "it chooses codes, through which no gradient flows"}
 
 _ROWS = (
     # A tower whose features take the places of placeholders
@@ -155,7 +158,11 @@ _ROWS = (
         "Lfm2VlForConditionalGeneration",
         _images(tiles.native_tiles),
         projectors={},
-        absent={"projector": "it is called once per tile, with tiles of different sizes"},
+        resume="recurrent",
+        absent={
+            "projector": "it is called once per tile, with tiles of different sizes",
+            "patterns of convolution blocks": "they have none; hook_attn_out is there",
+        },
     ),
     _llava_like(
         "Mistral3ForConditionalGeneration",
@@ -165,11 +172,13 @@ _ROWS = (
     _llava_like(
         "PaliGemmaForConditionalGeneration",
         _images(single.patches),
+        resume="both ways",
         projectors={"projector": Projector("model.multi_modal_projector")},
     ),
     _llava_like(
         "Gemma3ForConditionalGeneration",
         _images(single.averaged),
+        resume="image spans",
         projectors={"projector": Projector("model.multi_modal_projector")},
     ),
     Family(
@@ -228,7 +237,12 @@ _ROWS = (
             "Qwen3VLMoeForConditionalGeneration",
         )
     ),
-    _qwen_like("Qwen3_5ForConditionalGeneration", *_QWEN_MEDIA),
+    _qwen_like(
+        "Qwen3_5ForConditionalGeneration",
+        *_QWEN_MEDIA,
+        resume="recurrent",
+        absent={"patterns of linear-attention blocks": "they have none; hook_attn_out is there"},
+    ),
     *(
         _qwen_like(
             architecture,
@@ -263,10 +277,15 @@ _ROWS = (
             (_images(fused.queries),),
             {"projector": Projector("language_projection", tower="qformer")},
             unembed="language_model.lm_head",
+            absent=absent,
         )
-        for architecture, language in (
-            ("Blip2ForConditionalGeneration", "language_model.model.decoder"),
-            ("InstructBlipForConditionalGeneration", "language_model.model"),
+        for architecture, language, absent in (
+            ("Blip2ForConditionalGeneration", "language_model.model.decoder", {}),
+            (
+                "InstructBlipForConditionalGeneration",
+                "language_model.model",
+                {"MLP of the Q-Former's words": "hook_mlp_out and mlp.* are those of its queries"},
+            ),
         )
     ),
     Family(
@@ -274,6 +293,7 @@ _ROWS = (
         {"vision": "model.vision_model", **LANGUAGE_MODEL},
         (_images(tiles.attended_tiles, "image_token_index"),),
         {"projector": Projector("model.multi_modal_projector")},
+        resume="cross",
         unread=_cancelled_scales,
     ),
     Family(
@@ -285,6 +305,7 @@ _ROWS = (
         },
         (_images(fused.mean_and_patches),),
         {"projector": Projector("model.multi_modal_projector")},
+        resume="encoder-decoder",
         stacks={"encoder": "bart_encoder", "language": "bart_decoder"},
     ),
     Family(
@@ -353,14 +374,14 @@ def family_of(architecture: str) -> Family:
     if architecture not in FAMILIES:
         raise UnknownArchitectureError(
             f"no row for architecture {architecture!r}; nearest: "
-            f"{_nearest(architecture, FAMILIES)}. To add it, write one Family row in mechmm/model/families.py "
-            "(CONTRIBUTING.md, 'Add a model family') and pass the model to HookedMultimodal.from_hf; "
-            "`mechmm families` lists the rows"
+            f"{_nearest(architecture, FAMILIES)} (`mechmm families` lists all rows). To add it, "
+            "write one Family row in mechmm/model/families.py (CONTRIBUTING.md, 'Add a model "
+            "family') and pass the model to HookedMultimodal.from_hf"
         )
     return FAMILIES[architecture]
 
 
-def stack_of(model_type: str, prefix: str) -> Stack:
+def stack_of(model_type: str, prefix: str, config: Any = None) -> Stack:
     """The row of a tower by its config's `model_type`.
 
     Raises:
@@ -372,7 +393,8 @@ def stack_of(model_type: str, prefix: str) -> Stack:
             f"{_nearest(model_type, STACKS)}. To add it, write one Stack row in "
             "mechmm/model/stacks.py (CONTRIBUTING.md, 'Add a model family')"
         )
-    return STACKS[model_type]
+    row = STACKS[model_type]
+    return row if isinstance(row, Stack) else row(config)
 
 
 def _nearest(name: str, table: dict) -> str:

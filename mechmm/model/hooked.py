@@ -166,7 +166,7 @@ class HookedMultimodal(HookedRootModule):
             config: Any = getattr(root, "config", self.hf_model.config)
             language = name == LANGUAGE and self.family.unembed is not None
             unembed = self._root(self.family.unembed) if language else None
-            row = stack_of(self.family.stacks.get(name, config.model_type), name)
+            row = stack_of(self.family.stacks.get(name, config.model_type), name, config)
             prefix = "" if name == LANGUAGE else f"{name}."
             towers[name] = Tower(prefix, row, root, config, unembed)
         return towers
@@ -410,7 +410,7 @@ class HookedMultimodal(HookedRootModule):
                 f"the batch is on {batch.input_ids.device}, the model on {self.device}; call "
                 "batch.to(model.device)"
             )
-        options = {"use_cache": False} if self.takes("past_key_values") else {}
+        options: dict[str, Any] = {"use_cache": False} if self.takes("past_key_values") else {}
         if self.takes("logits_to_keep"):
             options["logits_to_keep"] = logits_to_keep
         output = self.hf_model(**batch.inputs, **options)[self.family.output]

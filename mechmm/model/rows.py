@@ -20,6 +20,18 @@ Norm = Literal["layer", "rms", "rms_plus_one"]
 """`rms_plus_one`: the weight is stored as its difference from one (Gemma)."""
 
 
+RESUME = {
+    "causal": "at a block; keys and values of earlier positions hold",
+    "image spans": "at a block; images see themselves both ways: keys and values hold before them",
+    "both ways": "at a block; the whole prompt sees itself, so no keys and values hold",
+    "recurrent": "at a block; linear-attention blocks keep a state instead of keys and values",
+    "cross": "at a block; the picture comes in by cross-attention at every such block",
+    "encoder-decoder": "at a block of the decoder; the encoder's output holds",
+    "encoder": "at a block; all positions see each other",
+}
+"""What a run that enters at a block may reuse, by kind."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """A transformer stack, paths relative to its root module.
@@ -149,6 +161,7 @@ class Family:
         output: entry of the model's output that `forward` returns.
         own_positions: whether the model computes its position ids from the inputs (rotary axes of
             rows, columns and frames), so that none are passed.
+        resume: a key of `RESUME`: what a run that enters at a later block may reuse.
         deepstack: (config) -> number of language blocks after which vision features are added.
         stacks: name in `STACKS` of towers whose config does not tell it, by tower.
         absent: parts of the model that have no hooks -> why.
@@ -163,6 +176,7 @@ class Family:
     unembed: str | None = "lm_head"
     output: str = "logits"
     own_positions: bool = False
+    resume: str = "causal"
     deepstack: Callable[[Any], int] = field(default=lambda config: 0)
     stacks: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)

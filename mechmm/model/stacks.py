@@ -5,7 +5,9 @@ A new combination of known towers needs no new row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from mechmm.model.packing import Packing, in_groups, in_rows, in_windows
 from mechmm.model.rows import Stack
@@ -157,7 +159,7 @@ DINO_ENCODER = Stack(
     attn="attention",
     attn_out="layer_scale1",
     mlp_in="fc1|up_proj",
-    mlp_gate="gate_proj",
+    mlp_gate="gate_proj?",
     mlp_out="fc2|down_proj",
     mlp_out_at="layer_scale2",
 )
@@ -278,12 +280,22 @@ RESAMPLER = Stack(  # Idefics2: latents attend to the picture and to each other 
     sizes={"n_heads": "resampler_n_heads", "d_head": "resampler_head_dim"},
 )
 
-STACKS: dict[str, Stack] = {
+
+def _chameleon(config: Any) -> Stack:
+    return replace(SWIN_DECODER if config.swin_norm else GATED_DECODER, embed="<layers.0")
+
+
+def _opt(config: Any) -> Stack:
+    return replace(FEED_FORWARD_DECODER, post_norm=not config.do_layer_norm_before)
+
+
+STACKS: dict[str, Stack | Callable[[Any], Stack]] = {
     "llama": GATED_DECODER,
     "mistral": GATED_DECODER,
     "qwen2": GATED_DECODER,
     "qwen3": GATED_DECODER,
-    "phi3": GATED_DECODER,
+    "smollm3": GATED_DECODER,
+    "qwen3_moe": EXPERTS_DECODER,
     "qwen2_vl_text": GATED_DECODER,
     "qwen2_5_vl_text": GATED_DECODER,
     "qwen3_vl_text": GATED_DECODER,
@@ -292,8 +304,7 @@ STACKS: dict[str, Stack] = {
     "paddleocr_vl_text": GATED_DECODER,
     "glm4v_text": GLM_DECODER,
     "emu3_text_model": replace(GATED_DECODER, embed="<layers.0"),
-    "chameleon": replace(GATED_DECODER, embed="<layers.0"),
-    "chameleon_swin": replace(SWIN_DECODER, embed="<layers.0"),
+    "chameleon": _chameleon,
     "gemma": GEMMA_DECODER,
     "gemma2": SANDWICH_DECODER,
     "gemma3_text": SANDWICH_DECODER,
@@ -303,7 +314,7 @@ STACKS: dict[str, Stack] = {
     "llama4_text": LLAMA4_DECODER,
     "ovis2_vision": OVIS_ENCODER,
     "janus_vision_model": replace(SIGLIP_ENCODER, o="projection_layer"),
-    "opt": FEED_FORWARD_DECODER,
+    "opt": _opt,
     "bart_encoder": BART_ENCODER,
     "bart_decoder": BART_DECODER,
     "blip_2_qformer": QFORMER,
@@ -337,3 +348,4 @@ STACKS: dict[str, Stack] = {
     "mllama_vision_model": MLLAMA_ENCODER,
     "qwen2_audio_encoder": AUDIO_ENCODER,
 }
+"""Rows by `model_type`; a function of the config where one type has several orders of norms."""

@@ -44,6 +44,9 @@ PATHS = (
 )
 
 
+PROJECTIONS = ("q", "k", "v", "qkv", "o", "mlp_in", "mlp_gate", "mlp_out")
+
+
 class MissingPathError(ValueError):
     """A row names a module that this version of `transformers` does not have."""
 
@@ -119,6 +122,13 @@ class Tower:
             starts = [self.root] if name in PATHS[:3] else self.blocks
             if starts and all(found(start, path) is None for start in starts):
                 raise MissingPathError(self._missing(path))
+        for name in PROJECTIONS:
+            path = getattr(self.row, name)
+            part = "mlp" if name.startswith("mlp_") else "attn"
+            if path is None or path.endswith("?") or getattr(self.row, part) is None:
+                continue
+            if self.blocks and self._anywhere(name) is None:
+                raise MissingPathError(self._missing(f"{getattr(self.row, part)}.{path}"))
 
     def _missing(self, path: str) -> str:
         return (
@@ -174,8 +184,8 @@ class Tower:
 
         Args:
             where: `"embed"`; `"stream"` (what enters and leaves a block); `"inside"` (a block);
-                `"experts"` (of a mixture); `"pooled"` (the final norm); `"features"` and `"tokens"` (what enters and leaves a
-                projector).
+                `"experts"` (of a mixture); `"pooled"` (the final norm); `"features"` and `"tokens"`
+                (what enters and leaves a projector).
         """
         if self.pack is not None and self.row.packed is not None:
             return self._unpacked(value, where)
@@ -205,7 +215,8 @@ class Tower:
 
     def _unpacked(self, value: Tensor, where: str) -> tuple[Tensor, Back]:
         """A packed value by image; what is shorter than the patches are merged tokens."""
-        assert self.pack is not None and self.row.packed is not None
+        assert self.pack is not None
+        assert self.row.packed is not None
         axis = int(value.shape[0] == 1 and value.ndim > 2) if self.row.packed.axis else 0
         index = self.pack.embed if where == "embed" else self.pack.blocks
         if where == "tokens" or value.shape[axis] != int((index >= 0).sum()):

@@ -14,6 +14,7 @@ from mechmm.testing.conformance import Case
 
 NO_TOWER = "images are tokens of a codebook: there is no tower"
 MIXED = "every token of the image is made from all of its patches"
+NO_LANGUAGE = "an encoder has no language positions"
 EXEMPT = {
     ("chameleon", "pixels"): NO_TOWER,
     ("emu3", "pixels"): NO_TOWER,
@@ -143,7 +144,7 @@ POINTS = {"pixels": pixels, "features": features, "projected": projected}
 def exempt(case: Case, point: str) -> str | None:
     """Why a family cannot pass a point, or None where it has to."""
     if case.model.family.unembed is None and point != "pixels":
-        return "an encoder has no language positions"
+        return NO_LANGUAGE
     return EXEMPT.get((case.family, point))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     CLIPVisionConfig,
+    Cohere2Config,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -21,7 +22,9 @@ from transformers import (
     PaliGemmaConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
     SiglipVisionConfig,
+    SmolLM3Config,
     VideoLlavaConfig,
     VipLlavaConfig,
 )
@@ -45,6 +48,9 @@ TEXTS: dict[str, Callable[..., PreTrainedConfig]] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
     "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "cohere2": Cohere2Config,
+    "smollm3": SmolLM3Config,
 }
 VISIONS: dict[str, Callable[..., PreTrainedConfig]] = {
     "clip": CLIPVisionConfig,

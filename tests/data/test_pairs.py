@@ -127,8 +127,10 @@ def test_a_pair_that_cannot_be_used_is_refused_with_its_number(model, changes, m
 
 def test_images_of_another_grid_are_refused(model):
     layout = model.encode(TEXT, RED).layout
-    ((grid,),) = layout.grids
-    other = replace(layout, grids=((replace(grid, scale=2),),))
+    ((medium,),) = layout.media
+    (view,) = medium.views
+    wide = replace(medium, views=(replace(view, rows=2, columns=8),))
+    other = replace(layout, media=((wide,),))
     with pytest.raises(PairError, match="resize one of them or drop the pair"):
         _check_aligned(layout, other)
 

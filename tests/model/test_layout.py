@@ -214,7 +214,10 @@ def test_overlapping_spans_are_refused(mixed):
         (Box(0, 40, 5, 49), "not inside what the model sees"),
         (Box(0, 0, 5, 5, image=1), r"prompt 0 has 1 image\(s\); there is no image 1"),
         (Box(0, 0, 5, 5, image=-1), "there is no image -1"),
-        (Patches(((4, 0),)), "no position for row 4, column 0 of image 0; its images have 4 x 4"),
+        (
+            Patches(((4, 0),)),
+            "no position for row 4, column 0 of image 0, view 0; its images have 4 x 4",
+        ),
         (Patches(((0, 0),), image=2), "of image 2"),
     ],
 )

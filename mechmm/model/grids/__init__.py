@@ -82,7 +82,7 @@ class Medium:
         """(row, index) in the projector's output of every placeholder in order; None where it is no
         projected token (a newline, a mean of several).
 
-        A row of the tower is a row of the projector, and its tokens are those of its cells in order.
+        A row of the tower is a row of the projector; its tokens are those of its cells in order.
         """
         found: list[tuple[int, int] | None] = []
         filled: dict[int, int] = {}
