@@ -21,6 +21,10 @@ from mechmm.model.layout import PADDING, TokenLayout
 COLUMNS = ("hook", "tower", "layer", "kind", "head", "span", "position", "count")
 TEXT_SPANS = ("text", "question", "last", "before_image")
 RANDOM = "random "
+READING = (LANGUAGE, "encoder", "text")
+"""Towers whose positions are those of the prompt."""
+SEEING = ("vision", "video", "audio")
+"""Towers whose positions are those of the media; in all others, of what stands for them."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +134,16 @@ def patches(model: HookedMultimodal, *, layers: Iterable[int] | None = None) -> 
     """Every single position of the vision tower's residual stream (`resid_pre`), by layer.
 
     Raises:
-        ValueError: for a model without a vision tower.
+        ValueError: for a model without a vision tower, or with one that takes any size.
     """
     if "vision" not in model.towers:
         raise ValueError(f"no vision tower; this model has {', '.join(model.towers)}")
     n_ctx = model.towers["vision"].cfg.n_ctx
+    if n_ctx < 1:
+        raise ValueError(
+            "this vision tower takes pictures of any size, so there is no number of patches; use "
+            "residual(model, positions=range(...), towers=['vision'])"
+        )
     return residual(model, positions=range(n_ctx), towers=["vision"], layers=layers)
 
 
@@ -190,10 +199,10 @@ def places(
                 f"{site.hook}"
             )
         return [every[at]]
-    if site.tower == LANGUAGE:
+    if site.tower in READING:
         return [(prompt, position) for position in layout.positions(site.span, prompt)]
     first = tower_rows(layout, prompt)
-    if site.tower == "vision":
+    if site.tower in SEEING:
         return [(first + i, p) for i, p in layout.vision_positions(site.span, prompt)]
     covered = set(layout.positions("image" if site.span == "all" else site.span, prompt))
     return [place for position, place in _projected(layout, prompt) if position in covered]
@@ -201,10 +210,10 @@ def places(
 
 def _everything(tower: str, layout: TokenLayout, prompt: int) -> list[tuple[int, int]]:
     """Every (row, position) of a prompt in a tower or projector."""
-    if tower == LANGUAGE:
+    if tower in READING:
         real = (layout.modality[prompt] != PADDING).nonzero().flatten().tolist()
         return [(prompt, position) for position in real]
-    if tower == "vision":
+    if tower in SEEING:
         first = tower_rows(layout, prompt)
         return [(first + i, p) for i, p in layout.vision_positions("all", prompt)]
     return [place for _, place in _projected(layout, prompt)]
@@ -270,7 +279,7 @@ def _layers(
 
 def _spans(tower: str, spans: Sequence[str]) -> list[str]:
     """The spans that make sense in a tower: text has no place outside the language model."""
-    return [span for span in spans if tower == LANGUAGE or span not in TEXT_SPANS]
+    return [span for span in spans if tower in READING or span not in TEXT_SPANS]
 
 
 def _row(hook, tower, layer, kind, span, head=None, position=None) -> dict:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, prepared, score
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.sites import Sites, places, tower_rows
+from mechmm.engine.sites import READING, Sites, places, tower_rows
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
 
@@ -267,7 +267,7 @@ def _edits(
     parts: dict[str, list[tuple[int, int, int, Tensor]]] = {}
     for copy, site in enumerate(chunk):
         row = table.iloc[site]
-        per_copy = n_prompts if row.tower == "language" else n_images
+        per_copy = n_prompts if row.tower in READING else n_images
         head = -1 if pd.isna(row["head"]) else int(row["head"])
         for prompt in range(n_prompts):
             where = places(row, layout, prompt, seed)

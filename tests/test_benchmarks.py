@@ -1,0 +1,57 @@
+"""Every benchmark builds its table, here on a toy size; its numbers are not looked at."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
+
+def test_overhead(script, tmp_path, capsys):
+    overhead, timing = script("overhead"), script("_timing")
+    toy = overhead.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8)
+    rows = overhead.measure(toy, rounds=2)
+    timing.report(rows, tmp_path / "rows.json")
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {tuple(row) for row in printed} == {("job", "against", "ratio", "goal", "met")}
+    assert len(printed) == len(written) == len(rows)
+    assert {row["job"] for row in written} >= set(overhead.JOBS.values())
+    for row in written:
+        if row["note"] is None:
+            assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+            assert row["met"] == eval(f"{row['ratio']} {row['goal']}")
+        else:
+            assert row["against"] == overhead.NNSIGHT and row["ratio"] is row["met"] is None
+
+
+def test_overhead_patches_change_the_logits(script):
+    overhead = script("overhead")
+    toy = overhead.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8)
+    ours = overhead.Ours(overhead.Task(toy, "cpu", torch.float32))
+    with torch.no_grad():
+        (plain,) = ours.forward()
+        assert not torch.allclose(ours.patch_residual()[0], plain)
+        assert not torch.allclose(ours.patch_head()[0], plain)
+
+
+def test_peak_memory_is_exact(script):
+    peak_bytes = script("_timing").peak_bytes
+    kept = []
+
+    def side():
+        for _ in range(3):
+            torch.zeros(1000)
+        kept.append(torch.zeros(500) + 1)
+
+    assert peak_bytes(side) == 4000
