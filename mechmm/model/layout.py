@@ -154,6 +154,7 @@ class TokenLayout:
 
     def patches(self, box: Box, prompt: int = 0) -> tuple[Patches, ...]:
         """The cells that a pixel box touches, in every view of its image that shows part of it.
+        Tiles of which the inputs do not tell how they lie are passed over.
 
         Raises:
             SpanError: where the prompt has no such image, or the box leaves the picture.
@@ -170,6 +171,8 @@ class TokenLayout:
         down = (box.top - top) / high, (box.bottom - top) / high
         found = []
         for number, view in enumerate(medium.views):
+            if np.isnan(view.window).any():
+                continue
             rows = _touched(*down, view.window[1], view.window[3], view.rows)
             columns = _touched(*across, view.window[0], view.window[2], view.columns)
             cells = tuple((r, c) for r in rows for c in columns)
@@ -185,7 +188,7 @@ class TokenLayout:
         """The pixel box of the cell that a position stands for.
 
         Raises:
-            SpanError: where the position has no place in an image.
+            SpanError: where the position has no place in an image, or none that is known.
         """
         row, column = int(self.row[prompt, position]), int(self.column[prompt, position])
         if row < 0:
@@ -194,6 +197,11 @@ class TokenLayout:
         image = int(self.image[prompt, position])
         medium, (left, top, right, bottom) = self._image(image, prompt)
         view = medium.views[int(self.view[prompt, position])]
+        if np.isnan(view.window).any():
+            raise SpanError(
+                f"prompt {prompt}: position {position} is in a tile of image {image}, and the "
+                "inputs do not tell how its tiles lie; use Patches with a view instead of boxes"
+            )
         wide, high = right - left, bottom - top
         x = (view.window[2] - view.window[0]) / view.columns
         y = (view.window[3] - view.window[1]) / view.rows
