@@ -56,7 +56,7 @@ def test_an_unknown_architecture_is_told_the_nearest_rows():
 
 
 def test_an_unknown_tower_is_told_the_nearest_rows():
-    with pytest.raises(UnknownArchitectureError, match="tower 'vision': .* nearest: dinov"):
+    with pytest.raises(UnknownArchitectureError, match=r"tower 'vision': .* nearest: dinov"):
         families.stack_of("dinov9", "vision")
 
 
