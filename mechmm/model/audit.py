@@ -5,8 +5,8 @@ reaches it. The effect of an edit is
 
     max |logits(a + e) - logits(a)|,   e = +-(1/2) rms(a) with random signs,
 
-over positions that are not padding. Both runs have a hook at the point, the second one a hook that
-returns nothing: so both take the same path through attention, and rounding cancels exactly.
+over positions that are not padding. Both runs take the same path through attention, so rounding
+cancels exactly.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
 
 LIVE, UNUSED, DEAD = "live", "unused by this model", "dead"
+OTHER_PATH = ("hook_attn_scores", "hook_pattern")
+"""Hooks where somebody listening makes attention compute its pattern."""
 SMALLEST = 1e-6
 """An effect below this share of the largest logit counts as none."""
 
@@ -110,8 +112,9 @@ class _Run:
 def audit(model: HookedMultimodal, batch: Batch, *, seed: int = 0) -> Audit:
     """Run, edit and differentiate every hook point of a model.
 
-    Two forward passes per hook point, and one forward and backward pass for all of them. No hook
-    and no parameter gradient is left behind. Hooks that the caller has set stay on and take part.
+    A forward pass per hook point (two for scores and patterns), and one forward and backward pass
+    for all of them. No hook and no parameter gradient is left behind. Hooks that the caller has
+    set stay on and take part.
 
     Args:
         model: the model.
@@ -128,44 +131,50 @@ def audit(model: HookedMultimodal, batch: Batch, *, seed: int = 0) -> Audit:
             "the batch has no image, so no hook outside the language model could fire; encode a "
             "prompt with an image"
         )
-    gradients = _gradients(model, batch, seed)
-    unread = {**model.family.unread(model.config), **_asleep(model, batch)}
-    runs = {name: _edit(model, batch, name, seed) for name in model.hook_dict}
+    gradients, shapes = _gradients(model, batch, seed), _shapes(model, batch)
+    unread = {**model.family.unread(model.config), **_asleep(model, shapes)}
+    with torch.no_grad():
+        plain = real(batch, model(batch))
+        effects = {name: _effect(model, batch, name, plain, seed) for name in model.hook_dict}
+    scale = float(plain.abs().max())
+    runs = {name: _Run(shapes.get(name, ()), effects[name], scale) for name in model.hook_dict}
     hooks = (_judge(name, run, gradients[name], unread) for name, run in runs.items())
     return Audit(repr(model), tuple(hooks))
 
 
-def _asleep(model: HookedMultimodal, batch: Batch) -> dict[str, str]:
-    """Patterns of the hooks of towers that a batch does not run (a video tower, on images)."""
-    awake: set[str] = set()
+def _shapes(model: HookedMultimodal, batch: Batch) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shape of every firing of every hook point in one run."""
+    shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
 
     def watch(value: Tensor, hook: HookPoint) -> None:
-        awake.add(str(hook.name))
+        shapes[str(hook.name)].append(tuple(value.shape))
 
-    firsts = {t.name: f"{t.prefix}blocks.0.hook_resid_pre" for t in model.towers.values()}
     with torch.no_grad():
-        model.run_with_hooks(batch, fwd_hooks=[(name, watch) for name in firsts.values()])
+        model.run_with_hooks(batch, fwd_hooks=[(lambda name: True, watch)])
+    return {name: tuple(fired) for name, fired in shapes.items()}
+
+
+def _asleep(model: HookedMultimodal, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """Patterns of the hooks of towers that a batch does not run (a video tower, on images)."""
     return {
-        rf"{tower}\..*": f"this batch does not run tower {tower!r}"
-        for tower, name in firsts.items()
-        if name not in awake
+        rf"{tower.name}\..*": f"this batch does not run tower {tower.name!r}"
+        for tower in model.towers.values()
+        if f"{tower.prefix}blocks.0.hook_resid_pre" not in shapes
     }
 
 
-def _edit(model: HookedMultimodal, batch: Batch, name: str, seed: int) -> _Run:
-    """The effect on the logits of an edit at one hook point."""
-    shapes: list[tuple[int, ...]] = []
+def _effect(model: HookedMultimodal, batch: Batch, name: str, plain: Tensor, seed: int) -> float:
+    """The largest change of a logit by an edit at one hook point.
 
-    def watch(value: Tensor, hook: HookPoint) -> None:
-        shapes.append(tuple(value.shape))
+    Where a hook changes the path through attention, both runs have one there.
+    """
 
     def disturb(value: Tensor, hook: HookPoint) -> Tensor:
         return value + _noise(value, seed)
 
-    with torch.no_grad():
-        plain = _logits(model, batch, name, watch)
-        edited = _logits(model, batch, name, disturb)
-    return _Run(tuple(shapes), float((edited - plain).abs().max()), float(plain.abs().max()))
+    if name.endswith(OTHER_PATH):
+        plain = _logits(model, batch, name, lambda value, hook: None)
+    return float((_logits(model, batch, name, disturb) - plain).abs().max())
 
 
 def _logits(model: HookedMultimodal, batch: Batch, name: str, hook: Any) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import mimetypes
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 Picture = Image.Image | np.ndarray | str | Path
 """A PIL image, an array [height, width, 3] of uint8, or the path of an image file."""
+NOUNS = {"image": "picture", "video": "video", "audio": "clip"}
+"""What one medium of a kind is called."""
+ARGUMENTS = {"image": "images", "video": "videos", "audio": "audio"}
+"""The argument of `model.encode` with the media of a kind."""
 
 
 TYPES = {"image": 1, "video": 2}
@@ -258,9 +263,10 @@ def open_picture(picture: Picture, prompt: int) -> Image.Image:
     """
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
+            video = "; a video is passed as videos=" if picture.ndim == 4 else ""
             raise InputError(
                 f"prompt {prompt}: an image array must be uint8 [height, width, 3], not "
-                f"{picture.dtype} {list(picture.shape)}"
+                f"{picture.dtype} {list(picture.shape)}{video}"
             )
         return Image.fromarray(picture)
     try:
@@ -270,56 +276,95 @@ def open_picture(picture: Picture, prompt: int) -> Image.Image:
             return opened.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         name = str(getattr(picture, "filename", picture))
+        if (mimetypes.guess_type(name)[0] or "").startswith("video/"):
+            raise InputError(
+                f"prompt {prompt}: {name!r} is a video where a picture is expected; pass its "
+                "frames as videos=, or one frame as a picture"
+            ) from error
         raise InputError(
             f"prompt {prompt}: {name!r} is missing, truncated or no image file ({error}); "
             "check the file or give another"
         ) from error
 
 
-def per_prompt(texts: Sequence[str], images: Any, token: str) -> list[list[Picture]]:
-    """The pictures of every prompt, from what a caller passed as `images`.
+def is_picture(entry: Any) -> bool:
+    """Whether an entry is one picture, readable or not."""
+    return isinstance(entry, Picture)
+
+
+def per_prompt(
+    texts: Sequence[str],
+    media: Any,
+    token: str,
+    kind: str = "image",
+    is_one: Callable[[Any], bool] = is_picture,
+) -> list[list[Any]]:
+    """The media of every prompt, from what a caller passed as `images` (or `videos`, `audio`).
+
+    Args:
+        texts: the prompts.
+        media: one medium, a list of them, or a list with one entry (or list of entries) per text.
+        token: what stands for a medium in a text; "" where the processor puts it there by itself.
+        kind: of the media.
+        is_one: tells one medium from a list of them.
 
     Raises:
         InputError: where the list is missing or has the wrong length, or a prompt has another
-            number of placeholders than pictures.
+            number of placeholders than media.
     """
-    if images is None:
+    name, noun = ARGUMENTS[kind], NOUNS[kind]
+    if media is None:
         raise InputError(
-            "images are missing; pass one picture (or a list of them) per text, or images=[] to "
+            f"{name} are missing; pass one {noun} (or a list of them) per text, or {name}=[] to "
             "run on text alone on purpose"
         )
-    groups: list[list[Picture]]
-    if isinstance(images, Picture):
-        groups = [[images]]
-    elif not len(images):
-        groups = [[] for _ in texts]
-    elif len(texts) == 1 and all(isinstance(image, Picture) for image in images):
-        groups = [list(images)]
-    else:
-        wrong = [entry for entry in images if not isinstance(entry, Picture | Sequence)]
-        if wrong:
-            raise InputError(f"{wrong[0]!r} is no picture; for a text without one give []")
-        groups = [[entry] if isinstance(entry, Picture) else list(entry) for entry in images]
+    groups = _groups(texts, media, noun, is_one)
     if len(groups) != len(texts):
         raise InputError(
-            f"images has {len(groups)} entries for {len(texts)} texts; give one entry (a picture "
-            "or a list of pictures, empty for none) per text"
+            f"{name} has {len(groups)} entries for {len(texts)} texts; give one entry (a {noun} "
+            f"or a list of {noun}s, empty for none) per text"
         )
     for prompt, (text, group) in enumerate(zip(texts, groups, strict=True)):
-        wanted = text.count(token)
-        if wanted and not group:
+        if token:
+            _check_count(prompt, text.count(token), len(group), token, kind)
+        elif len(group) != len(groups[0]) or len(group) > 1:
             raise InputError(
-                f"prompt {prompt} has {wanted} {token!r} placeholder(s) but no picture; pass "
-                "images, or remove the placeholder"
-            )
-        if group and not wanted:
-            raise InputError(
-                f"prompt {prompt} has {len(group)} picture(s) but no {token!r} placeholder in its "
-                f"text; put {token!r} where the picture belongs"
-            )
-        if wanted != len(group):
-            raise InputError(
-                f"prompt {prompt} has {wanted} {token!r} placeholders but {len(group)} pictures; "
-                "give one picture for each placeholder"
+                f"prompt {prompt} has {len(group)} {noun}s; the processor of this model puts one "
+                f"{noun} before every text, so give every prompt one {noun}, or none of them any"
             )
     return groups
+
+
+def _groups(
+    texts: Sequence[str], media: Any, noun: str, is_one: Callable[[Any], bool]
+) -> list[list[Any]]:
+    if is_one(media):
+        return [[media]]
+    if not len(media):
+        return [[] for _ in texts]
+    if len(texts) == 1 and all(is_one(entry) for entry in media):
+        return [list(media)]
+    wrong = [entry for entry in media if not is_one(entry) and not isinstance(entry, list | tuple)]
+    if wrong:
+        raise InputError(f"{wrong[0]!r} is no {noun}; for a text without one give []")
+    return [[entry] if is_one(entry) else list(entry) for entry in media]
+
+
+def _check_count(prompt: int, wanted: int, given: int, token: str, kind: str) -> None:
+    """Refuse a prompt with another number of placeholders than media."""
+    name, noun = ARGUMENTS[kind], NOUNS[kind]
+    if wanted and not given:
+        raise InputError(
+            f"prompt {prompt} has {wanted} {token!r} placeholder(s) but no {noun}; pass "
+            f"{name}, or remove the placeholder"
+        )
+    if given and not wanted:
+        raise InputError(
+            f"prompt {prompt} has {given} {noun}(s) but no {token!r} placeholder in its "
+            f"text; put {token!r} where the {noun} belongs"
+        )
+    if wanted != given:
+        raise InputError(
+            f"prompt {prompt} has {wanted} {token!r} placeholders but {given} {noun}s; "
+            f"give one {noun} for each placeholder"
+        )

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,18 +11,17 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.HookedRootModule import HookedRootModule
-from transformers import AutoConfig, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from mechmm.model import attention
-from mechmm.model.batch import Batch, InputError, Picture, open_picture, per_prompt
+from mechmm.model.batch import Batch, InputError
+from mechmm.model.encoding import Encoding
 from mechmm.model.families import UnknownArchitectureError, family_of, stack_of
-from mechmm.model.grids import window
 from mechmm.model.overlay import Overlay
-from mechmm.model.rows import VERIFIED, Family, MediumInput
+from mechmm.model.processors import load_processor
+from mechmm.model.rows import VERIFIED, Family
 from mechmm.model.tower import WEIGHTS, MissingPathError, Tower, TowerConfig
 
 DEMO = "mechmm/demo"
@@ -41,7 +37,7 @@ class UnknownHookError(KeyError):
         return str(self.args[0])
 
 
-class HookedMultimodal(HookedRootModule):
+class HookedMultimodal(Encoding):
     """A multimodal model whose every activation, from pixel to answer token, has a hook point.
 
     The Hugging Face model runs unmodified; hook points are laid over it. `hooks`, `run_with_hooks`,
@@ -99,6 +95,8 @@ class HookedMultimodal(HookedRootModule):
     ) -> HookedMultimodal:
         """Load a model and its processor with `transformers`.
 
+        Where the processor cannot be loaded, the model has none, and `encode` says why.
+
         Args:
             name_or_path: a hub name, a local folder, or `"mechmm/demo"` (shipped).
             device: where to put the model; not together with `device_map`.
@@ -137,8 +135,10 @@ class HookedMultimodal(HookedRootModule):
         )
         if device is not None:
             loaded = loaded.to(device)
-        processor = AutoProcessor.from_pretrained(source, **options)
-        return cls(loaded.eval(), processor)
+        processor, reason = load_processor(source, options)
+        model = cls(loaded.eval(), processor)
+        model.no_processor = reason
+        return model
 
     @classmethod
     def from_hf(cls, hf_model: PreTrainedModel, processor: Any = None) -> HookedMultimodal:
@@ -211,11 +211,6 @@ class HookedMultimodal(HookedRootModule):
     # What it is ------------------------------------------------------------------------------
 
     @property
-    def config(self) -> Any:
-        """The Hugging Face config."""
-        return self.hf_model.config
-
-    @property
     def cfg(self) -> TowerConfig:
         """Sizes of the language model (or the only tower), in TransformerLens's names."""
         return self._main.cfg
@@ -223,47 +218,6 @@ class HookedMultimodal(HookedRootModule):
     @property
     def _main(self) -> Tower:
         return self.towers.get(LANGUAGE) or next(iter(self.towers.values()))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model takes its inputs."""
-        return self.hf_model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters."""
-        return self.hf_model.dtype
-
-    @cached_property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of what the Hugging Face model takes."""
-        parameters = inspect.signature(self.hf_model.forward).parameters.values()
-        return tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
-
-    def takes(self, name: str) -> bool:
-        """Whether the Hugging Face model has an input of this name."""
-        return name in self.inputs
-
-    def placeholder_of(self, medium: MediumInput) -> int:
-        """The token id that a medium fills, -1 where it fills none."""
-        return -1 if medium.placeholder is None else getattr(self.config, medium.placeholder)
-
-    def token_of(self, medium: MediumInput) -> str:
-        """The placeholder of a medium as text."""
-        token = self.placeholder_of(medium)
-        if self.processor is None:
-            return f"token {token}"
-        return self.processor.tokenizer.convert_ids_to_tokens(token)
-
-    @property
-    def placeholder(self) -> int:
-        """The token id that a picture fills."""
-        return self.placeholder_of(self.family.media[0])
-
-    @property
-    def image_token(self) -> str:
-        """The placeholder of a picture as text."""
-        return self.token_of(self.family.media[0])
 
     def __getattr__(self, name: str) -> Any:
         if name in ("W_E", "W_U", *WEIGHTS["attn"], *WEIGHTS["mlp"]):
@@ -274,108 +228,6 @@ class HookedMultimodal(HookedRootModule):
         lines = [f"HookedMultimodal({self.family.architecture}, {len(self.hook_dict)} hook points"]
         lines += [f"  {tower!r}" for tower in self.towers.values()]
         return "\n".join([*lines, ")"])
-
-    # Inputs ----------------------------------------------------------------------------------
-
-    def encode(
-        self,
-        text: str | Sequence[str],
-        images: Picture | Sequence[Picture | Sequence[Picture]] | None = None,
-        *,
-        padding_side: str = "left",
-    ) -> Batch:
-        """Turn texts and pictures into a batch.
-
-        Args:
-            text: one prompt or many; each has one placeholder (`model.image_token`) per picture.
-            images: for one text, a picture or a list of pictures; for many, one such entry per
-                text. `images=[]` runs on text alone, on purpose.
-            padding_side: `"left"` (the last positions of all prompts line up) or `"right"`.
-
-        Raises:
-            InputError: placeholders and pictures do not match, with the prompt and both counts; an
-                unreadable picture; no processor.
-        """
-        if self.processor is None:
-            raise InputError(
-                "this model has no processor; pass one to from_hf, or use Batch.from_inputs"
-            )
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise InputError("no text was given; pass at least one prompt")
-        groups = per_prompt(texts, images, self.image_token)
-        pictures = tuple(
-            tuple(open_picture(picture, prompt) for picture in group)
-            for prompt, group in enumerate(groups)
-        )
-        flat = [picture for group in pictures for picture in group]
-        inputs = self.processor(
-            text=texts,
-            images=flat or None,
-            return_tensors="pt",
-            padding=True,
-            padding_side=padding_side,
-        )
-        return self._batch(dict(inputs), pictures)
-
-    def _batch(
-        self, inputs: dict[str, Any], pictures: tuple[tuple[Image.Image, ...], ...]
-    ) -> Batch:
-        inputs.pop("token_type_ids", None)
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                value = value.to(self.device)
-                inputs[name] = value.to(self.dtype) if value.is_floating_point() else value
-        batch = Batch.from_inputs(self, **inputs)
-        seen = partial(window, self.processor.image_processor)
-        windows = tuple(tuple(seen(*picture.size) for picture in group) for group in pictures)
-        layout = replace(batch.layout, windows=windows)
-        return replace(batch, layout=layout, images=pictures)
-
-    def token_texts(self, ids: Int[Tensor, "batch pos"]) -> tuple[tuple[str, ...], ...]:
-        """Every token as text, with its leading space where it starts a word."""
-        if self.processor is None:
-            return tuple(tuple(f" {i}" for i in row) for row in ids.tolist())
-        tokenizer = self.processor.tokenizer
-        names = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
-        marked = any(name.startswith(("▁", "Ġ")) for name in tokenizer.get_vocab())
-        return tuple(tuple(_readable(name, marked) for name in row) for row in names)
-
-    def to_tokens(self, text: str) -> Int[Tensor, "1 pos"]:
-        """Token ids of a text, as the tokenizer gives them."""
-        ids = self.processor.tokenizer(text, return_tensors="pt")["input_ids"]
-        return ids.to(self.device)
-
-    def to_string(self, ids: Int[Tensor, "..."]) -> str | list[str]:
-        """Text of token ids: one string, or one per row."""
-        if ids.ndim <= 1:
-            return self.processor.tokenizer.decode(ids)
-        return self.processor.tokenizer.batch_decode(ids)
-
-    def to_single_token(self, word: str) -> int:
-        """The id of a word that is one token in the middle of a text.
-
-        Raises:
-            ValueError: where it is several tokens or unknown.
-        """
-        ids = self.answer_tokens(word)
-        if len(ids) != 1:
-            raise ValueError(f"{word!r} is {len(ids)} tokens, not one")
-        return ids[0]
-
-    def answer_tokens(self, answer: str) -> list[int]:
-        """Token ids of an answer as it follows a prompt.
-
-        Raises:
-            ValueError: where the answer is empty or the tokenizer does not know it.
-        """
-        tokenizer = self.processor.tokenizer
-        ids = tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
-        bare = tokenizer(answer.strip(), add_special_tokens=False)["input_ids"]
-        ids = bare if len(bare) < len(ids) else ids
-        if not ids or tokenizer.unk_token_id in ids:
-            raise ValueError(f"the tokenizer cannot write the answer {answer!r}")
-        return ids
 
     # Running ---------------------------------------------------------------------------------
 
@@ -520,12 +372,6 @@ class HookedMultimodal(HookedRootModule):
 
 def _not_derived(name: str) -> bool:
     return not name.endswith(DERIVED)
-
-
-def _readable(token: str, marked: bool) -> str:
-    if token.startswith(("▁", "Ġ")):
-        return " " + token[1:]
-    return token if marked else f" {token}"
 
 
 def _architecture(config: Any, source: str) -> str:

@@ -7,6 +7,7 @@ Each point is a function of a `Case` that raises `AssertionError` where the fami
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -202,9 +203,11 @@ def clean_into_clean(case: Case) -> None:
 
 
 def in_place(case: Case) -> None:
-    """An edit in place is a returned one, at every hook point."""
+    """An edit in place is a returned one, at every kind of hook point (in the last block that has
+    it)."""
     case = _small(case)
-    for name in case.model.hook_dict:
+    kinds = {re.sub(r"blocks\.\d+", "blocks", name): name for name in case.model.hook_dict}
+    for name in kinds.values():
 
         def add(value: Tensor, hook: HookPoint) -> Tensor:
             return value + 0.5

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from mechmm.model import attention, overlay
+from mechmm.model import attention, taps
 from mechmm.model.audit import audit
 from mechmm.model.batch import Batch
 from mechmm.testing import assert_no_hooks, tiny, tiny_inputs
@@ -56,7 +56,7 @@ def test_hooks_behind_the_layer_that_is_read_are_listed_with_the_reason(vision):
 def test_a_hook_whose_edit_is_dropped_is_dead(monkeypatch):
     """The audit can fail: one point fires, and what its hooks return goes nowhere."""
     target = "vision.blocks.1.hook_mlp_out"
-    honest = overlay.fire
+    honest = taps.fire
 
     def forgetful(hook, value, *view):
         if hook.name != target:
@@ -64,7 +64,7 @@ def test_a_hook_whose_edit_is_dropped_is_dead(monkeypatch):
         honest(hook, value)
         return value
 
-    monkeypatch.setattr(overlay, "fire", forgetful)
+    monkeypatch.setattr(taps, "fire", forgetful)
     model = tiny(**SMALL)
     found = audit(model, small_batch(model))
     assert found.dead == [target]
@@ -85,7 +85,7 @@ def test_a_dropped_pattern_edit_is_not_hidden_by_the_rounding_of_another_path(mo
 
 
 def test_a_hook_that_never_fires_and_one_without_gradient_are_dead(monkeypatch):
-    honest = overlay.fire
+    honest = taps.fire
 
     def broken(hook, value, *view):
         if hook.name == "blocks.0.hook_mlp_out":
@@ -93,7 +93,7 @@ def test_a_hook_that_never_fires_and_one_without_gradient_are_dead(monkeypatch):
         out = honest(hook, value)
         return out.detach() if hook.name == "vision.blocks.1.mlp.hook_post" else out
 
-    monkeypatch.setattr(overlay, "fire", broken)
+    monkeypatch.setattr(taps, "fire", broken)
     model = tiny(**SMALL)
     reasons = {hook.name: hook.reason for hook in audit(model, small_batch(model)).hooks}
     assert reasons["blocks.0.hook_mlp_out"] == "it never fired"

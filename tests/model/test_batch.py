@@ -11,6 +11,7 @@ from PIL import Image
 from mechmm.model.batch import Batch, InputError, per_prompt
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.testing import tiny, tiny_hf, tiny_inputs
+from mechmm.testing.recipes import VOCABULARY
 
 QUESTION = "<image> what color is the circle ? answer :"
 TWO = "what is left of <image> and <image> right ?"
@@ -113,12 +114,12 @@ def test_a_model_without_processor_says_so():
 def test_ready_tensors_without_pixels_or_placeholders_are_refused(model):
     inputs = tiny_inputs(model, (0, 1), 4)
     text = {name: value for name, value in inputs.items() if name != "pixel_values"}
-    with pytest.raises(InputError, match="prompt 1 has 16 image placeholders but no pixels"):
+    with pytest.raises(InputError, match="prompt 1 has 16 image placeholders but no pixel_values"):
         Batch.from_inputs(model, **text)
-    with pytest.raises(InputError, match="prompt 1 has 16 image placeholders but no pixels"):
+    with pytest.raises(InputError, match="prompt 1 has 16 image placeholders but no pixel_values"):
         model(inputs["input_ids"])
     words = tiny_inputs(model, (0, 0), 4)
-    with pytest.raises(InputError, match=r"pixels of 1 image\(s\) were given but no prompt has"):
+    with pytest.raises(InputError, match=r"pixel_values of 1 image\(s\) were given but no prompt has"):
         Batch.from_inputs(model, **words, pixel_values=inputs["pixel_values"])
 
 
@@ -147,10 +148,10 @@ def test_other_ready_tensors_that_cannot_be_used_are_refused(model):
     pixels = inputs["pixel_values"]
     with pytest.raises(
         InputError,
-        match=r"pixels are torch.float64, the model is torch.float32; pass pixel_values.to",
+        match=r"pixel_values are torch.float64, the model is torch.float32; pass pixel_values.to",
     ):
         Batch.from_inputs(model, **{**inputs, "pixel_values": pixels.double()})
-    with pytest.raises(InputError, match="pixels are on meta, the model is on cpu"):
+    with pytest.raises(InputError, match="pixel_values are on meta, the model is on cpu"):
         Batch.from_inputs(model, **{**inputs, "pixel_values": pixels.to("meta")})
 
 
@@ -158,7 +159,7 @@ def test_text_alone_on_purpose_runs(model):
     batch = model.encode([WITHOUT, "what"], images=[])
     assert batch.layout.text_only
     assert "pixel_values" not in batch.inputs
-    assert logits(model, batch).shape == (2, 6, 37)
+    assert logits(model, batch).shape == (2, 6, VOCABULARY)
 
 
 # Accepted ------------------------------------------------------------------------------------

@@ -138,23 +138,3 @@ def placeless(tokens: int, rows: int, columns: int, *, first: int = 0) -> Grid:
     Rows and columns are those of the tower's patches; no token has one of them as its own place.
     """
     return plain(rows, columns, first=first, cells=(NOWHERE,) * tokens)
-
-
-def window(image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
-    """The part (left, top, right, bottom) of a picture that an image processor keeps, in pixels.
-
-    A picture resized to a fixed height and width is kept whole. One resized by its shortest edge
-    (CLIP, LLaVA-1.5) and cropped at the centre loses what lies beyond the crop; where the crop is
-    larger than the picture, it is padded, and the window reaches beyond the picture.
-    """
-    size, crop = image_processor.size, getattr(image_processor, "crop_size", None)
-    shortest = size.shortest_edge
-    if shortest is None:
-        scale = width / size.width, height / size.height
-    else:
-        scale = (min(width, height) / shortest,) * 2
-    if not getattr(image_processor, "do_center_crop", False) or crop is None:
-        return 0.0, 0.0, float(width), float(height)
-    across, down = crop.width * scale[0], crop.height * scale[1]
-    left, top = (width - across) / 2, (height - down) / 2
-    return left, top, left + across, top + down
