@@ -58,7 +58,7 @@ def test_a_hook_whose_edit_is_dropped_is_dead(monkeypatch):
     target = "vision.blocks.1.hook_mlp_out"
     honest = taps.fire
 
-    def forgetful(hook, value, *view):
+    def forgetful(hook, value, *view, **named):
         if hook.name != target:
             return honest(hook, value)
         honest(hook, value)
@@ -75,7 +75,7 @@ def test_a_dropped_pattern_edit_is_not_hidden_by_the_rounding_of_another_path(mo
     target = "blocks.0.attn.hook_pattern"
     honest = attention.fire
 
-    def forgetful(hook, value, *view):
+    def forgetful(hook, value, *view, **named):
         out = honest(hook, value)
         return value if hook.name == target else out
 
@@ -87,7 +87,7 @@ def test_a_dropped_pattern_edit_is_not_hidden_by_the_rounding_of_another_path(mo
 def test_a_hook_that_never_fires_and_one_without_gradient_are_dead(monkeypatch):
     honest = taps.fire
 
-    def broken(hook, value, *view):
+    def broken(hook, value, *view, **named):
         if hook.name == "blocks.0.hook_mlp_out":
             return value
         out = honest(hook, value)

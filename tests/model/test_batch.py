@@ -119,7 +119,9 @@ def test_ready_tensors_without_pixels_or_placeholders_are_refused(model):
     with pytest.raises(InputError, match="prompt 1 has 16 image placeholders but no pixel_values"):
         model(inputs["input_ids"])
     words = tiny_inputs(model, (0, 0), 4)
-    with pytest.raises(InputError, match=r"pixel_values of 1 image\(s\) were given but no prompt has"):
+    with pytest.raises(
+        InputError, match=r"pixel_values of 1 image\(s\) were given but no prompt has"
+    ):
         Batch.from_inputs(model, **words, pixel_values=inputs["pixel_values"])
 
 

@@ -382,9 +382,7 @@ def test_an_unknown_architecture_is_refused_with_the_way_to_add_it(tmp_path):
         HookedMultimodal.from_pretrained(tmp_path)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(tmp_path)
-    how = (
-        r"nearest: .*LlavaForConditionalGeneration.*write one Family row in mechmm/model/families.py"
-    )
+    how = r"nearest: .*LlavaForConditionalGeneration.*write one Family row in mechmm/model/fam"
     with pytest.raises(UnknownArchitectureError, match=how):
         HookedMultimodal.from_pretrained(tmp_path)
     with pytest.raises(
@@ -430,11 +428,11 @@ def test_a_run_needs_a_batch(model):
 
 
 def test_tiny_models_that_do_not_exist():
-    with pytest.raises(ValueError, match="no tiny family 'blip'; there are .*llava"):
+    with pytest.raises(ValueError, match=r"no tiny family 'blip'; there are .*llava"):
         tiny("blip")
     with pytest.raises(ValueError, match="no tiny vision tower 'vit'; there are clip, siglip"):
         tiny(vision="vit")
-    with pytest.raises(ValueError, match="no tiny language model 'gpt'; there are .*llama"):
+    with pytest.raises(ValueError, match=r"no tiny language model 'gpt'; there are .*llama"):
         tiny(text="gpt")
     with pytest.raises(ValueError, match="words has 1 entries for 2 prompts"):
         tiny_inputs(tiny_hf(), (1, 1), (3,))
