@@ -185,7 +185,7 @@ def replace_token(model: HookedMultimodal, text: str, old: str, new: str, nth: i
             f"replacing {old!r} by {new!r} turns {len(before)} tokens into {len(after)}; choose a "
             "word of the same number of tokens"
         )
-    unknown = model.processor.tokenizer.unk_token_id
+    unknown = model.tokenizer.unk_token_id
     if unknown is not None and after.count(unknown) > before.count(unknown):
         raise CorruptionError(f"the tokenizer does not know {new!r}; choose another word")
     return replaced

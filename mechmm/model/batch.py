@@ -91,8 +91,9 @@ class Batch:
         Args:
             model: what the inputs are for.
             **inputs: at least `input_ids` [batch, pos], unless the model reads no text;
-                `attention_mask` and `position_ids` are made where they are missing (but not where
-                the model computes its own positions); pixels as the model's processor gives them.
+                `attention_mask` and `position_ids` are made where they are missing (positions not
+                for encoders, nor where the model computes its own); pixels as the model's
+                processor gives them.
 
         Raises:
             InputError: placeholders without pixels, pixels without placeholders, counts that do
@@ -106,7 +107,8 @@ class Batch:
         if ids is None:
             ids = _no_text(model, extra)
         mask = torch.ones_like(ids) if mask is None else mask
-        if positions is None and model.takes("position_ids") and not model.family.own_positions:
+        continues = model.family.unembed is not None and not model.family.own_positions
+        if positions is None and continues and model.takes("position_ids"):
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         if model.config.is_encoder_decoder and "decoder_input_ids" not in extra:
             start = model.hf_model.generation_config.decoder_start_token_id
@@ -201,7 +203,10 @@ def _dealt(
 ) -> tuple[tuple[Medium, ...], ...]:
     """The media of one kind, by prompt."""
     given = extra.get(kind.pixels) is not None
-    media = kind.grids(model.config, {**extra, "input_ids": ids}) if given else []
+    try:
+        media = kind.grids(model.config, {**extra, "input_ids": ids}) if given else []
+    except ValueError as error:
+        raise InputError(str(error)) from error
     counts = is_kind.sum(-1).tolist()
     if kind.placeholder is None:
         if len(media) == len(counts):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mechmm.model.batch import ARGUMENTS, Batch, InputError, Picture, open_picture, per_prompt
@@ -166,10 +165,6 @@ class Encoding(Reading):
                 raise InputError(f"{name} refuses these prompts: {error}") from error
         if type(whole).__name__ in UNMARKED and side == "left":
             made = padding_first(made)
-        if self.family.unembed is None and texts is not None:
-            # SigLIP 2 reads the last position, padding or not; so padding has places of its own.
-            width = made["input_ids"].shape[1]
-            made["position_ids"] = torch.arange(width).expand(len(texts), width)
         made = {RENAMED.get(name, name): value for name, value in made.items()}
         return {k: v for k, v in made.items() if self.takes(k) and k not in NEVER}
 

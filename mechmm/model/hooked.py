@@ -294,14 +294,15 @@ class HookedMultimodal(Encoding):
             InputError: prompts of different lengths padded on the right.
         """
         self._check_attention()
-        if (batch.attention_mask[:, -1] == 0).any():
+        decodes = self.config.is_encoder_decoder
+        if not decodes and (batch.attention_mask[:, -1] == 0).any():
             raise InputError(
                 "generation continues at the last position; encode with padding_side='left'"
             )
         inputs = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
         generate: Any = self.hf_model.generate
         whole = generate(**inputs, **options)
-        start = batch.extra.get("decoder_input_ids", batch.input_ids)
+        start = batch.extra["decoder_input_ids"] if decodes else batch.input_ids
         return whole[:, start.shape[1] :]
 
     def run_with_cache(  # type: ignore[override]

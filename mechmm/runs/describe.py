@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import torch
 from rich.console import Console
 
 from mechmm.data.scenes import Scene, Thing
@@ -37,11 +40,10 @@ def describe(model: HookedMultimodal) -> dict[str, Any]:
 def print_description(found: dict[str, Any]) -> None:
     """`describe` as tables; hook names of the first block stand for those of all."""
     console = Console()
-    console.print(
-        f"{found['architecture']}: {found['parameters']:,} parameters, {found['dtype']}; "
-        f"put {found['image_token']} where a picture belongs",
-        highlight=False,
-    )
+    mark = found["image_token"]
+    place = f"put {mark} where a picture belongs" if mark else "prompts have no mark for pictures"
+    sizes = f"{found['parameters']:,} parameters, {found['dtype']}"
+    console.print(f"{found['architecture']}: {sizes}; {place}", highlight=False)
     sizes = pd.DataFrame(found["towers"]).rename_axis("tower").reset_index()
     print_table(sizes, "Towers", console)
     shown = [name for name in found["hooks"] if "blocks." not in name or "blocks.0." in name]
@@ -51,7 +53,16 @@ def print_description(found: dict[str, Any]) -> None:
 
 
 def example_batch(model: HookedMultimodal) -> Batch:
-    """A prompt with one picture, for a model that nothing else is known about."""
-    scene = Scene((Thing(5, "circle", "red"), Thing(10, "star", "blue")))
-    text = f"{model.image_token} what color is the circle ? answer :"
-    return model.encode(text, scene.render())
+    """A prompt with one picture or sound, for a model that nothing else is known about."""
+    picture = Scene((Thing(5, "circle", "red"), Thing(10, "star", "blue"))).render()
+    if not model.takes("input_ids"):
+        return model.encode(None, picture)
+    if model.family.media[0].kind == "audio":
+        rate = model.processor.feature_extractor.sampling_rate
+        sound = np.sin(np.linspace(0, 440 * 2 * np.pi, rate, dtype=np.float32))
+        return model.encode(f"{model.image_token} what is heard ?", audio=[(sound, rate)])
+    batch = model.encode(f"{model.image_token} what color is the circle ? answer :", picture)
+    if model.config.is_encoder_decoder:  # one token alone has nothing to attend to
+        begun = [batch.extra["decoder_input_ids"], batch.input_ids[:, -3:]]
+        batch = replace(batch, extra={**batch.extra, "decoder_input_ids": torch.cat(begun, 1)})
+    return batch

@@ -64,7 +64,7 @@ class Case:
     def inputs(self) -> dict[str, Tensor]:
         """Of the Hugging Face model."""
         prompts = self.prompts if RECIPES[self.family].text else (1,) * len(self.prompts)
-        options = {"kind": self.kind, "padding_side": self.side}
+        options: dict[str, Any] = {"kind": self.kind, "padding_side": self.side}
         return tiny_inputs(self.model, prompts, list(self.words), **options)
 
     @cached_property
