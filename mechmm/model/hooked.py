@@ -332,7 +332,7 @@ class HookedMultimodal(Encoding):
         elif not callable(names_filter):
             names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
             self.check_names(names)
-            names_filter = names
+            names_filter = frozenset(names).__contains__
         output, cache = super().run_with_cache(
             *model_args,
             names_filter=names_filter,
@@ -365,6 +365,12 @@ class HookedMultimodal(Encoding):
         if isinstance(name, str):
             self.check_names([name])
         super().add_hook(name, *args, **kwargs)
+
+    def remove_all_hook_fns(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens, for the few hook points that have hooks."""
+        for point in self.hook_points():
+            if point.fwd_hooks or point.bwd_hooks:
+                point.remove_hooks(*args, **kwargs)
 
     def _enable_hook_with_name(self, name: str, hook: Callable, dir: Any) -> None:
         self.check_names([name])

@@ -10,7 +10,7 @@ from mechmm.model import attention
 from mechmm.model.attention import AttentionHooks, fire, listening
 from mechmm.model.experts import rerouted
 from mechmm.model.rows import Projector
-from mechmm.model.taps import Component, Taps, hook_point
+from mechmm.model.taps import Component, Taps
 from mechmm.model.tower import Tower
 
 
@@ -59,14 +59,15 @@ class Overlay(Taps):
         def tap(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tower.pack = packing.pack(module, args, kwargs)
 
-        self.handles.append(tower.root.register_forward_pre_hook(tap, with_kwargs=True))
+        self.before(tower.root, tap)
 
     def _lay_block(self, tower: Tower, layer: int, eager: bool) -> None:
         """All hook points of one block. Of two taps on the output of one module, the one laid later
         comes first: what is computed inside a module is laid after what the module gives."""
         row, block, view = tower.row, tower.blocks[layer], tower.shown
         name = f"{tower.prefix}blocks.{layer}"
-        self.enter(block, tower)
+        if layer == 0:
+            self.enter(block, tower)
         stream = partial(view, where="stream")
         self.input(block, f"{name}.hook_resid_pre", stream)
         self._lay_middle(tower, layer)
@@ -143,16 +144,14 @@ class Overlay(Taps):
         if row.router is not None:
             self.output(tower.part(layer, "mlp", row.router), f"{name}.hook_router", view)
             return
-        point = hook_point(self.root, f"{name}.hook_router")
+        point = self.point(f"{name}.hook_router")
 
-        def tap(module: nn.Module, args: tuple) -> tuple | None:
-            return (
-                rerouted(module, args, partial(fire, point, view=view))
-                if listening(point)
-                else None
-            )
+        def tap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+            if not listening(point):
+                return None
+            return rerouted(module, args, partial(fire, point, view=view)), kwargs
 
-        self.handles.append(experts.register_forward_pre_hook(tap))
+        self.before(experts, tap, point)
 
     def _lay_attention(self, tower: Tower, layer: int, part: str, prefix: str, eager: bool) -> None:
         row, view = tower.row, tower.shown
@@ -167,7 +166,7 @@ class Overlay(Taps):
         else:
             self._lay_heads(tower, layer, prefix, name)
         points = {
-            step: hook_point(self.root, f"{name}.hook_{step}")
+            step: self.point(f"{name}.hook_{step}")
             for step in ("rot_q", "rot_k", "attn_scores", "pattern", "z")
         }
         scores = points.pop("attn_scores")

@@ -15,8 +15,10 @@ show edits too. Of two taps on the output of one module, the one laid later come
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -49,36 +51,113 @@ class Component(nn.Module):
         return super().__getattr__(name)
 
 
-def hook_point(root: nn.Module, name: str) -> HookPoint:
-    """A new hook point at a dotted name, with the nodes on the way there."""
-    *path, last = name.split(".")
-    node = root
-    for i, part in enumerate(path):
-        if part not in node._modules:
-            numbered = i + 1 < len(path) and path[i + 1].isdigit()
-            node.add_module(part, nn.ModuleList() if numbered else Component())
-        node = node._modules[part]
-        assert node is not None
-    point = HookPoint()
-    node.add_module(last, point)
-    return point
+class Point(HookPoint):
+    """A hook point that says when somebody begins or ceases to listen."""
+
+    def __init__(self, changed: Callable[[HookPoint], None]) -> None:
+        super().__init__()
+        self.changed, self.awake = changed, False
+
+    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens."""
+        handle = super().add_hook(*args, **kwargs)
+        self._say()
+        return handle
+
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens."""
+        super().remove_hooks(*args, **kwargs)
+        self._say()
+
+    def _say(self) -> None:
+        if listening(self) != self.awake:
+            self.awake = not self.awake
+            self.changed(self)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A PyTorch hook that is on its module while somebody listens at one of its points (always, if
+    it has none)."""
+
+    function: Callable
+    points: tuple[HookPoint, ...]
+    register: Callable[..., RemovableHandle]
 
 
 class Taps:
-    """The taps laid on one Hugging Face model; `remove` takes them off again."""
+    """The taps laid on one Hugging Face model; `remove` takes them off again.
+
+    A model runs without any of them where nobody listens.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.root = root
-        self.handles: list[RemovableHandle] = []
+        self.laid: dict[nn.Module, list[Tap]] = defaultdict(list)
+        self.tapped: dict[HookPoint, list[nn.Module]] = defaultdict(list)
+        self.handles: dict[nn.Module, list[RemovableHandle]] = {}
         self.attentions: list[nn.Module] = []
 
     def remove(self) -> None:
         """Take every tap and every attention module's hooks off the Hugging Face model."""
-        for handle in self.handles:
-            handle.remove()
+        for handles in self.handles.values():
+            for handle in handles:
+                handle.remove()
         for module in self.attentions:
             attention.detach(module)
-        self.handles, self.attentions = [], []
+        self.laid.clear()
+        self.handles, self.attentions = {}, []
+
+    def point(self, name: str) -> HookPoint:
+        """A new hook point at a dotted name, with the nodes on the way there."""
+        *path, last = name.split(".")
+        node = self.root
+        for i, part in enumerate(path):
+            if part not in node._modules:
+                numbered = i + 1 < len(path) and path[i + 1].isdigit()
+                node.add_module(part, nn.ModuleList() if numbered else Component())
+            node = node._modules[part]
+            assert node is not None
+        point = Point(self._changed)
+        node.add_module(last, point)
+        return point
+
+    def before(self, module: nn.Module, tap: Callable, *points: HookPoint) -> None:
+        """Lay a tap (module, args, kwargs) on what enters a module."""
+        self._lay(module, Tap(tap, points, partial(_register_before, with_kwargs=True)))
+
+    def behind(self, module: nn.Module, tap: Callable, *points: HookPoint) -> None:
+        """Lay a tap (module, args, output) on what a module gives; later ones come first."""
+        self._lay(module, Tap(tap, points, partial(_register_behind, prepend=True)))
+
+    def last(self, module: nn.Module, tap: Callable, *points: HookPoint) -> None:
+        """Lay a tap behind all others on what a module gives."""
+        self._lay(module, Tap(tap, points, _register_behind))
+
+    def _lay(self, module: nn.Module, tap: Tap) -> None:
+        self.laid[module].append(tap)
+        for point in tap.points:
+            self.tapped[point].append(module)
+        if not tap.points:
+            self._refresh(module)
+
+    def _changed(self, point: HookPoint) -> None:
+        for module in self.tapped.get(point, ()):
+            self._refresh(module)
+
+    def _refresh(self, module: nn.Module) -> None:
+        """Have those taps on a module that are needed now, in the order in which they were laid."""
+        for handle in self.handles.pop(module, ()):
+            handle.remove()
+        needed = [
+            tap
+            for tap in self.laid.get(module, ())
+            if not tap.points or any(listening(point) for point in tap.points)
+        ]
+        if needed:
+            self.handles[module] = [tap.register(module, tap.function) for tap in needed]
+
+    # Kinds of tap ----------------------------------------------------------------------------
 
     def enter(self, block: nn.Module, tower: Tower) -> None:
         """Note the shape of what enters a block: inside it, positions may be flattened."""
@@ -86,14 +165,14 @@ class Taps:
         def tap(module: nn.Module, args: tuple, kwargs: dict) -> None:
             tower.shape = (args[0] if args else kwargs[_first(kwargs)]).shape
 
-        self.handles.append(block.register_forward_pre_hook(tap, with_kwargs=True))
+        self.before(block, tap)
 
     def added(
         self, start: nn.Module, module: nn.Module, name: str, tower: Tower, *, behind: bool
     ) -> None:
         """What was added to the stream since it entered `start`, where no module gives it: read
         where the stream enters `module`, or behind it."""
-        point = hook_point(self.root, name)
+        point = self.point(name)
         since: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -104,7 +183,7 @@ class Taps:
             added = now - since.pop().view(now.shape)
             return fire(point, added, tower.shown) - added
 
-        def before(module: nn.Module, args: tuple) -> None:
+        def write(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if listening(point):
                 args[0].add_(change(args[0]))
 
@@ -115,15 +194,15 @@ class Taps:
                 return (output[0] + change(output[0]), *output[1:])
             return output + change(output)
 
-        self.handles.append(start.register_forward_pre_hook(keep, with_kwargs=True))
+        self.before(start, keep, point)
         if behind:
-            self.handles.append(module.register_forward_hook(after, prepend=True))
+            self.behind(module, after, point)
         else:
-            self.handles.append(module.register_forward_pre_hook(before))
+            self.before(module, write, point)
 
     def deepstack(self, tower: Tower, layer: int) -> None:
         """What is added between one block and the next."""
-        point = hook_point(self.root, f"{tower.prefix}blocks.{layer}.hook_deepstack")
+        point = self.point(f"{tower.prefix}blocks.{layer}.hook_deepstack")
         after = [*tower.blocks, tower.module(tower.row.ln_final)][layer + 1]
         assert after is not None
         before: list[Tensor] = []
@@ -144,8 +223,8 @@ class Taps:
 
         # The hooks of one module run in the order they were laid: this block's output is laid
         # already, the next block's input is not yet.
-        self.handles.append(tower.blocks[layer].register_forward_hook(leave))
-        self.handles.append(after.register_forward_pre_hook(enter, with_kwargs=True))
+        self.last(tower.blocks[layer], leave, point)
+        self.before(after, enter, point)
 
     def input(
         self,
@@ -157,7 +236,7 @@ class Taps:
         """What enters a module; only where `when`, if given, says so of it."""
         if module is None:
             return
-        point = hook_point(self.root, name)
+        point = self.point(name)
 
         def tap(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not listening(point) or (when is not None and not when(args[0])):
@@ -167,7 +246,7 @@ class Taps:
             key = _first(kwargs)
             return args, {**kwargs, key: fire(point, kwargs[key], view)}
 
-        self.handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
+        self.before(module, tap, point)
 
     def output(
         self,
@@ -179,7 +258,7 @@ class Taps:
         """What a module gives, or the first part of it; `when` as in `_input`."""
         if module is None:
             return
-        point = hook_point(self.root, name)
+        point = self.point(name)
 
         def tap(module: nn.Module, args: tuple, output: Any) -> Any:
             if not listening(point) or (when is not None and not when(args[0])):
@@ -188,7 +267,7 @@ class Taps:
                 return (fire(point, output[0], view), *output[1:])
             return fire(point, output, view)
 
-        self.handles.append(module.register_forward_hook(tap, prepend=True))
+        self.behind(module, tap, point)
 
     def parts(
         self,
@@ -207,7 +286,7 @@ class Taps:
         """
         if module is None:
             return
-        points = [hook_point(self.root, name) for name in names]
+        points = [self.point(name) for name in names]
         inside = layout.strip("()").replace(axis, "").split()
         apart, together = f"{axis} ... {' '.join(inside)}", f"... {layout}"
 
@@ -219,20 +298,20 @@ class Taps:
             whole = rearrange(torch.stack(new), f"{apart} -> {together}")
             return with_strides(whole, output.stride())
 
-        self.handles.append(module.register_forward_hook(tap, prepend=True))
+        self.behind(module, tap, *points)
 
     def residual(self, module: nn.Module | None, name: str, view: View) -> None:
         """The residual stream where it enters a module, edited in place: the skip sees it too."""
         if module is None:
             return
-        point = hook_point(self.root, name)
+        point = self.point(name)
 
         def tap(module: nn.Module, args: tuple, kwargs: dict) -> None:
             if listening(point):
                 stream = args[0] if args else kwargs[_first(kwargs)]
                 stream.copy_(fire(point, stream, view))
 
-        self.handles.append(module.register_forward_pre_hook(tap, with_kwargs=True))
+        self.before(module, tap, point)
 
     def norm(
         self,
@@ -245,8 +324,8 @@ class Taps:
         """The scale and the normalised value inside a norm; `when` as in `_input`."""
         if module is None or isinstance(module, nn.Identity):
             return
-        scale_point = hook_point(self.root, f"{name}.hook_scale")
-        point = hook_point(self.root, f"{name}.hook_normalized")
+        scale_point = self.point(f"{name}.hook_scale")
+        point = self.point(f"{name}.hook_normalized")
         kind = "layer" if isinstance(module, nn.LayerNorm) else kind
 
         def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -262,13 +341,13 @@ class Taps:
                 plain = _affine(centred / scale, module, kind)
                 return replaced(output, plain, _affine(new, module, kind))
 
-        self.handles.append(module.register_forward_hook(tap, prepend=True))
+        self.behind(module, tap, scale_point, point)
 
     def result(self, module: nn.Linear | None, name: str, n_heads: int, view: View) -> None:
         """Every head's own addition to the residual stream, computed only for listeners."""
         if module is None:
             return
-        point = hook_point(self.root, name)
+        point = self.point(name)
 
         def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not listening(point):
@@ -278,13 +357,13 @@ class Taps:
                     module, args[0], output, n_heads, partial(fire, point, view=view)
                 )
 
-        self.handles.append(module.register_forward_hook(tap, prepend=True))
+        self.behind(module, tap, point)
 
     def experts(self, module: nn.Module | None, name: str, view: View) -> None:
         """Every expert's own addition, computed only for listeners."""
         if module is None:
             return
-        point = hook_point(self.root, name)
+        point = self.point(name)
 
         def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not listening(point):
@@ -293,7 +372,15 @@ class Taps:
                 each, combine = expert_outputs(module, args, output)
             return replaced(output, combine(each), combine(fire(point, each, view)))
 
-        self.handles.append(module.register_forward_hook(tap, prepend=True))
+        self.behind(module, tap, point)
+
+
+def _register_before(module: nn.Module, tap: Callable, **options: Any) -> RemovableHandle:
+    return module.register_forward_pre_hook(tap, **options)
+
+
+def _register_behind(module: nn.Module, tap: Callable, **options: Any) -> RemovableHandle:
+    return module.register_forward_hook(tap, **options)
 
 
 def _first(kwargs: dict[str, Any]) -> str:
