@@ -122,9 +122,11 @@ def heads(
         tower = model.towers[name]
         for layer in _layers(model, name, layers, "attn.hook_z"):
             hook = f"{tower.prefix}blocks.{layer}.attn.hook_z"
+            if hook not in model.hook_dict:
+                continue
             rows += [
                 _row(hook, name, layer, "head", span, head=head)
-                for head in range(tower.cfg.n_heads)
+                for head in range(tower.heads(layer))
                 for span in _spans(name, spans)
             ]
     return _table(rows)
@@ -152,10 +154,18 @@ def projector(model: HookedMultimodal, spans: Sequence[str] = ("image",)) -> Sit
     return _table(
         [
             _row(f"{prefix}.hook_out", prefix, None, "out", span)
-            for prefix in model.family.projectors
+            for prefix, row in model.family.projectors.items()
+            for prefix in _numbered(model, prefix)
+            if row.last
             for span in _spans(prefix, spans)
         ]
     )
+
+
+def _numbered(model: HookedMultimodal, prefix: str) -> list[str]:
+    """A projector's own prefix, or those of a list of projectors."""
+    names = [name for name in model.hook_dict if re.fullmatch(rf"{prefix}(\.\d+)?\.hook_out", name)]
+    return [name.removesuffix(".hook_out") for name in names]
 
 
 def random_like(sites: Sites, layout: TokenLayout, n: int, seed: int = 0) -> Sites:
@@ -186,6 +196,7 @@ def places(
         SpanError: for a span that the layout has not.
         ValueError: for a position outside the sequence.
     """
+    layout.refuse_two_kinds()
     every = _everything(site.tower, layout, prompt)
     if site.span.startswith(RANDOM):
         rng = np.random.default_rng([seed, int(site.name or 0), prompt])
@@ -204,8 +215,11 @@ def places(
     first = tower_rows(layout, prompt)
     if site.tower in SEEING:
         return [(first + i, p) for i, p in layout.vision_positions(site.span, prompt)]
-    covered = set(layout.positions("image" if site.span == "all" else site.span, prompt))
-    return [place for position, place in _projected(layout, prompt) if position in covered]
+    projected = _projected(layout, prompt)
+    covered = (
+        {p for p, _ in projected} if site.span == "all" else layout.positions(site.span, prompt)
+    )
+    return [place for position, place in projected if position in set(covered)]
 
 
 def _everything(tower: str, layout: TokenLayout, prompt: int) -> list[tuple[int, int]]:
@@ -242,6 +256,8 @@ def _per_layer(model, hook, kind, spans, positions, towers, layers) -> Sites:
         prefix = model.towers[name].prefix
         for layer in _layers(model, name, layers, hook):
             full = f"{prefix}blocks.{layer}.{hook}"
+            if full not in model.hook_dict:
+                continue
             if positions is not None:
                 rows += [_row(full, name, layer, kind, "", position=p) for p in positions]
             else:
@@ -250,11 +266,25 @@ def _per_layer(model, hook, kind, spans, positions, towers, layers) -> Sites:
 
 
 def _towers(model: HookedMultimodal, towers: Sequence[str] | None) -> list[str]:
-    known = [*(name for name in model.towers if name != LANGUAGE), LANGUAGE]
+    known = sorted(model.towers, key=lambda name: name == LANGUAGE)
     unknown = [name for name in towers or [] if name not in known]
     if unknown:
         raise ValueError(f"unknown tower {unknown[0]!r}; this model has {', '.join(known)}")
-    return known if towers is None else list(towers)
+    chosen = known if towers is None else list(towers)
+    unfit = {name: why for name in chosen if (why := _unfit(model, name))}
+    if towers is not None and unfit:
+        name, why = next(iter(unfit.items()))
+        raise ValueError(f"tower {name!r} has no sites: {why}")
+    return [name for name in chosen if name not in unfit]
+
+
+def _unfit(model: HookedMultimodal, tower: str) -> str:
+    """Why positions of the layout are none of a tower's, empty where they are."""
+    if model.towers[tower].row.stream_layout is not None:
+        return "its positions change from stage to stage"
+    if tower == LANGUAGE and model.config.is_encoder_decoder:
+        return "the layout is that of the encoder; hook the decoder by position yourself"
+    return ""
 
 
 def _layers(

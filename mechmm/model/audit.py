@@ -166,11 +166,13 @@ def _asleep(model: HookedMultimodal, shapes: Mapping[str, Any]) -> dict[str, str
 def _effect(model: HookedMultimodal, batch: Batch, name: str, plain: Tensor, seed: int) -> float:
     """The largest change of a logit by an edit at one hook point.
 
-    Where a hook changes the path through attention, both runs have one there.
+    Where a hook changes the path through attention, both runs have one there. Experts that are not
+    chosen stay so.
     """
 
     def disturb(value: Tensor, hook: HookPoint) -> Tensor:
-        return value + _noise(value, seed)
+        noise = _noise(value, seed)
+        return value + (noise * (value != 0) if name.endswith("hook_router") else noise)
 
     if name.endswith(OTHER_PATH):
         plain = _logits(model, batch, name, lambda value, hook: None)

@@ -41,11 +41,20 @@ def _hidden(module: Any, tokens: Tensor) -> Tensor:
 
 def rerouted(module: Any, args: tuple, change: Callable[[Tensor], Tensor]) -> tuple:
     """The arguments of `experts` after a change of the routing weights [token, expert], which are
-    zero where an expert is not chosen. Weight given to others chooses the largest ones anew."""
+    zero where an expert is not chosen. Weight given to others chooses anew where weights are not 0.
+
+    Raises:
+        ValueError: where a token gives weight to more experts than the model lets it.
+    """
     tokens, chosen, weights = args
     dense = torch.zeros(len(tokens), module.num_experts, dtype=weights.dtype, device=weights.device)
     new = change(dense.scatter(1, chosen, weights))
     if bool(new.scatter(1, chosen, 0).any()):
-        weights, chosen = new.topk(chosen.shape[1], dim=1)
-        return tokens, chosen, weights
+        number = chosen.shape[1]
+        if bool(((new != 0).sum(1) > number).any()):
+            raise ValueError(
+                f"hook_router: a token gives weight to more than {number} experts, which this "
+                "model cannot; set the weight of others to 0"
+            )
+        chosen = new.abs().topk(number, dim=1).indices
     return tokens, chosen, new.gather(1, chosen)

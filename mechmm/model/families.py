@@ -268,7 +268,11 @@ _ROWS = (
             "language": "model.text_model",
         },
         (_images(single.resampled),),
-        {"projector": Projector("model.connector.modality_projection", "gate_proj", "down_proj")},
+        {
+            "projector": Projector(
+                "model.connector.modality_projection", "gate_proj", "down_proj", last=False
+            )
+        },
     ),
     *(
         Family(
@@ -292,7 +296,7 @@ _ROWS = (
         "MllamaForConditionalGeneration",
         {"vision": "model.vision_model", **LANGUAGE_MODEL},
         (_images(tiles.attended_tiles, "image_token_index"),),
-        {"projector": Projector("model.multi_modal_projector")},
+        {"projector": Projector("model.multi_modal_projector", last=False)},
         resume="cross",
         unread=_cancelled_scales,
     ),
@@ -315,33 +319,39 @@ _ROWS = (
         {"projector": Projector("model.multi_modal_projector", tower="audio")},
     ),
     # Early fusion: images are tokens of a codebook
-    Family("ChameleonForConditionalGeneration", {"language": "model"}, (_images(fused.codes),)),
+    Family(
+        "ChameleonForConditionalGeneration",
+        {"language": "model"},
+        (_images(fused.codes),),
+        absent=_TOKENIZER,
+    ),
     Family(
         "Emu3ForConditionalGeneration",
         {"language": "model.text_model"},
         (_images(fused.codes_by_row),),
+        absent=_TOKENIZER,
     ),
     # Encoders
     _dual(
         "CLIPModel",
         _ENCODED,
         {
-            "vision_projection": Projector("visual_projection"),
-            "text_projection": Projector("text_projection", tower="text"),
+            "vision_projection": Projector("visual_projection", last=False),
+            "text_projection": Projector("text_projection", tower="text", last=False),
         },
     ),
-    _dual("SiglipModel", _ENCODED, {"pooler": Projector("vision_model.head")}),
+    _dual("SiglipModel", _ENCODED, {"pooler": Projector("vision_model.head", last=False)}),
     _dual(
         "Siglip2Model",
         _images(encoders.padded_patches, None),
-        {"pooler": Projector("vision_model.head")},
+        {"pooler": Projector("vision_model.head", last=False)},
     ),
     _vision("CLIPVisionModel", "", "last_hidden_state", unread=_before_final_norm),
     _vision(
         "CLIPVisionModelWithProjection",
         "vision_model",
         "image_embeds",
-        projectors={"projector": Projector("visual_projection")},
+        projectors={"projector": Projector("visual_projection", last=False)},
     ),
     _vision("SiglipVisionModel", "", "last_hidden_state"),
     _vision(

@@ -22,11 +22,11 @@ from mechmm.model.families import UnknownArchitectureError, family_of, stack_of
 from mechmm.model.overlay import Overlay
 from mechmm.model.processors import load_processor
 from mechmm.model.rows import VERIFIED, Family
-from mechmm.model.tower import WEIGHTS, MissingPathError, Tower, TowerConfig
+from mechmm.model.tower import WEIGHTS, MissingPathError, Tower, TowerConfig, remedy
 
 DEMO = "mechmm/demo"
 LANGUAGE = "language"
-DERIVED = ("hook_result",)
+DERIVED = ("hook_result", "hook_expert_out")
 """Hooks that are computed only when somebody listens, and cached only when named."""
 
 
@@ -70,9 +70,13 @@ class HookedMultimodal(Encoding):
         object.__setattr__(self, "towers", self._find_towers())
         object.__setattr__(self, "_before", _attention_of(hf_model))
         attention.register()
-        self._switch_attention()
         object.__setattr__(self, "_overlay", Overlay(self))
-        self._lay()
+        try:
+            self._switch_attention()
+            self._lay()
+        except Exception:
+            self._restore()
+            raise
         self.setup()
         self.eval()
 
@@ -153,11 +157,15 @@ class HookedMultimodal(Encoding):
     def unwrap(self) -> PreTrainedModel:
         """The Hugging Face model as it was, with no hook and no attention function of ours left."""
         self.reset_hooks(including_permanent=True)
+        self._restore()
+        return self.hf_model
+
+    def _restore(self) -> None:
+        """Take every tap off, and give every config its own attention back."""
         self._overlay.remove()
         for config in _configs(self.hf_model):
             if id(config) in self._before:
                 config._attn_implementation_internal = self._before[id(config)]
-        return self.hf_model
 
     def _find_towers(self) -> dict[str, Tower]:
         towers = {}
@@ -179,7 +187,7 @@ class HookedMultimodal(Encoding):
             raise MissingPathError(
                 f"{self.family.architecture} has no module {path!r} in transformers "
                 f"{transformers.__version__}; its row in mechmm/model/families.py was verified "
-                f"with transformers {VERIFIED}: install that version, or mend the row"
+                f"with transformers {VERIFIED}: {remedy()}"
             ) from None
 
     def _switch_attention(self) -> None:
@@ -292,6 +300,7 @@ class HookedMultimodal(Encoding):
 
         Raises:
             InputError: prompts of different lengths padded on the right.
+            ValueError: for `return_dict_in_generate`.
         """
         self._check_attention()
         decodes = self.config.is_encoder_decoder
@@ -299,6 +308,8 @@ class HookedMultimodal(Encoding):
             raise InputError(
                 "generation continues at the last position; encode with padding_side='left'"
             )
+        if options.get("return_dict_in_generate"):
+            raise ValueError("generate gives the new tokens; for more, run model(batch) on them")
         inputs = {k: v for k, v in batch.inputs.items() if k != "position_ids"}
         generate: Any = self.hf_model.generate
         whole = generate(**inputs, **options)
@@ -326,7 +337,11 @@ class HookedMultimodal(Encoding):
 
         Raises:
             UnknownHookError: for a name that no hook point has, with the nearest names.
+            SpanError: for a batch with images and videos, which runs its tower once for each.
         """
+        for argument in model_args:
+            if isinstance(argument, Batch):
+                argument.layout.refuse_two_kinds()
         if names_filter is None:
             names_filter = _not_derived
         elif not callable(names_filter):

@@ -142,6 +142,19 @@ class TokenLayout:
             return order == self.last[:, None]
         raise SpanError(f"unknown span {span!r}; this layout has {', '.join(self.spans)}")
 
+    def refuse_two_kinds(self) -> None:
+        """Refuse a batch in which rows of a tower would not be those of one run of it.
+
+        Raises:
+            SpanError: for media of two kinds.
+        """
+        kinds = sorted({medium.kind for media in self.media for medium in media})
+        if len(kinds) > 1:
+            raise SpanError(
+                f"the batch has {' and '.join(f'{kind}s' for kind in kinds)}, and the tower runs once for each kind, so "
+                "its rows and cached values would be mixed up; use one kind per batch"
+            )
+
     @property
     def last(self) -> Int[Tensor, "batch"]:
         """The last position of every prompt that is not padding."""

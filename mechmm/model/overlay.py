@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from mechmm.model import attention
 from mechmm.model.attention import AttentionHooks, fire, listening
 from mechmm.model.experts import rerouted
-from mechmm.model.rows import Projector
+from mechmm.model.rows import VERIFIED, Projector
 from mechmm.model.taps import Component, Taps
-from mechmm.model.tower import Tower
+from mechmm.model.tower import MissingPathError, Tower, found, remedy
 
 
 class Overlay(Taps):
@@ -46,9 +46,9 @@ class Overlay(Taps):
         features = partial(tower.shown, where="features")
         self.input(root, f"{prefix}.hook_in", features, Tensor.is_floating_point)
         if row.pre is not None:
-            self.output(root.get_submodule(row.pre), f"{prefix}.hook_pre", tokens)
+            self.output(_named(root, row.pre), f"{prefix}.hook_pre", tokens)
         if row.post is not None:
-            self.input(root.get_submodule(row.post), f"{prefix}.hook_post", tokens)
+            self.input(_named(root, row.post), f"{prefix}.hook_post", tokens)
         self.output(root, f"{prefix}.hook_out", tokens, Tensor.is_floating_point)
 
     def _pack(self, tower: Tower) -> None:
@@ -185,3 +185,13 @@ class Overlay(Taps):
                 points, layout = [f"{name}.hook_{letter}"], "(part head d_head)"
             sizes = {"part": len(points), "d_head": d_head}
             self.parts(module, points, layout, "part", view, **sizes)
+
+
+def _named(root: nn.Module, path: str) -> nn.Module:
+    module = found(root, path)
+    if module is None:
+        raise MissingPathError(
+            f"projector {type(root).__name__} has no module {path!r}; its row in "
+            f"mechmm/model/families.py was verified with transformers {VERIFIED}: {remedy()}"
+        )
+    return module

@@ -122,12 +122,14 @@ class Projector:
         pre: module whose output is the hidden layer before the activation, or None.
         post: module whose input is the hidden layer after the activation, or None.
         tower: the tower that it reads.
+        last: whether its tokens are what takes the places of placeholders.
     """
 
     root: str
     pre: str | None = None
     post: str | None = None
     tower: str = "vision"
+    last: bool = True
 
 
 @dataclass(frozen=True)

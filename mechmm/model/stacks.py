@@ -22,7 +22,13 @@ GATED_DECODER = Stack(
     mlp_gate="gate_proj",
     norm="rms",
 )
-EXPERTS_DECODER = replace(GATED_DECODER, experts="experts?")
+EXPERTS_DECODER = replace(
+    GATED_DECODER,
+    mlp_gate="gate_proj?",
+    mlp_in="up_proj?",
+    mlp_out="down_proj?",
+    experts="experts?",
+)
 GEMMA_DECODER = replace(GATED_DECODER, norm="rms_plus_one")
 SANDWICH_DECODER = replace(
     GEMMA_DECODER,
@@ -285,6 +291,10 @@ def _chameleon(config: Any) -> Stack:
     return replace(SWIN_DECODER if config.swin_norm else GATED_DECODER, embed="<layers.0")
 
 
+def _internvl(config: Any) -> Stack:
+    return replace(INTERN_ENCODER, norm="rms" if config.norm_type == "rms_norm" else "layer")
+
+
 def _opt(config: Any) -> Stack:
     return replace(FEED_FORWARD_DECODER, post_norm=not config.do_layer_norm_before)
 
@@ -334,7 +344,7 @@ STACKS: dict[str, Stack | Callable[[Any], Stack]] = {
     "vit": VIT_ENCODER,
     "dinov2": DINO_ENCODER,
     "dinov3_vit": DINO3_ENCODER,
-    "internvl_vision": INTERN_ENCODER,
+    "internvl_vision": _internvl,
     "pixtral": PIXTRAL_ENCODER,
     "qwen2_vl_vision": replace(QWEN_ENCODER, sizes={"d_model": "embed_dim"}),
     "qwen2_5_vl_vision": WINDOW_ENCODER,

@@ -34,8 +34,6 @@ from mechmm.model.experts import expert_outputs
 from mechmm.model.rows import Norm
 from mechmm.model.tower import Tower
 
-When = Callable[[Tensor], bool]
-
 
 class Component(nn.Module):
     """A node of the hook tree; also gives the weights of its part of a block."""
@@ -58,9 +56,15 @@ class Point(HookPoint):
         super().__init__()
         self.changed, self.awake = changed, False
 
-    def add_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens."""
-        handle = super().add_hook(*args, **kwargs)
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch; `add_hook` comes here too."""
+        handle = super().register_forward_hook(*args, **kwargs)
+        self._say()
+        return handle
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As in PyTorch; `add_hook` comes here too."""
+        handle = super().register_full_backward_hook(*args, **kwargs)
         self._say()
         return handle
 
@@ -106,6 +110,7 @@ class Taps:
         for module in self.attentions:
             attention.detach(module)
         self.laid.clear()
+        self.tapped.clear()
         self.handles, self.attentions = {}, []
 
     def point(self, name: str) -> HookPoint:
@@ -255,7 +260,7 @@ class Taps:
         view: View | None = None,
         when: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        """What a module gives, or the first part of it; `when` as in `_input`."""
+        """What a module gives, or the first part of it; `when` as in `input`."""
         if module is None:
             return
         point = self.point(name)
@@ -321,25 +326,25 @@ class Taps:
         view: View,
         when: Callable[[Tensor], bool] | None = None,
     ) -> None:
-        """The scale and the normalised value inside a norm; `when` as in `_input`."""
+        """The scale and the normalised value inside a norm; `when` as in `input`."""
         if module is None or isinstance(module, nn.Identity):
             return
         scale_point = self.point(f"{name}.hook_scale")
         point = self.point(f"{name}.hook_normalized")
-        kind = "layer" if isinstance(module, nn.LayerNorm) else kind
+        kind = norm_kind(module, kind)
 
         def tap(module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
             if not (listening(scale_point) or listening(point)):
                 return None
             if when is not None and not when(args[0]):
                 return None
-            centred, scale = _moments(args[0], module, kind)
+            centred, scale = moments(args[0], module, kind)
             new_scale = fire(scale_point, scale, view)
             normalized = centred / new_scale
             new = fire(point, normalized, view)
             with _loaded(module):
-                plain = _affine(centred / scale, module, kind)
-                return replaced(output, plain, _affine(new, module, kind))
+                plain = affine(centred / scale, module, kind)
+                return replaced(output, plain, affine(new, module, kind))
 
         self.behind(module, tap, scale_point, point)
 
@@ -408,7 +413,12 @@ def _with_results(
     return replaced(output, result.sum(-2) + bias, change(result).sum(-2) + bias)
 
 
-def _moments(x: Tensor, module: nn.Module, kind: Norm) -> tuple[Tensor, Tensor]:
+def norm_kind(module: nn.Module, kind: Norm) -> Norm:
+    """How a norm of a stack computes: a `LayerNorm` as one, others as the row says."""
+    return "layer" if isinstance(module, nn.LayerNorm) else kind
+
+
+def moments(x: Tensor, module: nn.Module, kind: Norm) -> tuple[Tensor, Tensor]:
     """The (centred) input of a norm in float32, and its scale [..., 1]."""
     x = x.float()
     if kind == "layer":
@@ -417,7 +427,7 @@ def _moments(x: Tensor, module: nn.Module, kind: Norm) -> tuple[Tensor, Tensor]:
     return x, (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()  # type: ignore[operator]
 
 
-def _affine(normalized: Tensor, module: nn.Module, kind: Norm) -> Tensor:
+def affine(normalized: Tensor, module: nn.Module, kind: Norm) -> Tensor:
     """What a norm makes of the normalised value."""
     weight: Tensor | None = getattr(module, "weight", None)
     if weight is None:

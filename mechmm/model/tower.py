@@ -40,15 +40,26 @@ SIZES = {
 PATHS = (
     *("embed", "ln_pre", "ln_final"),
     *("ln1", "attn", "ln1_post", "ln2", "mlp", "ln2_post", "cross_attn", "ln_cross"),
-    *("attn_out", "cross_attn_out", "mlp_out_at"),
+    *("attn_out", "cross_attn_out", "mlp_out_at", "mid"),
 )
 
 
-PROJECTIONS = ("q", "k", "v", "qkv", "o", "mlp_in", "mlp_gate", "mlp_out")
+PROJECTIONS = {
+    "attn": ("q", "k", "v", "qkv", "o", "core"),
+    "cross_attn": ("cross_q", "cross_k", "cross_v", "cross_o"),
+    "mlp": ("mlp_in", "mlp_gate", "mlp_out", "experts", "router"),
+}
+"""What a row names inside the parts of a block."""
 
 
 class MissingPathError(ValueError):
     """A row names a module that this version of `transformers` does not have."""
+
+
+def remedy() -> str:
+    """What to do about a row that does not fit."""
+    same = transformers.__version__ == VERIFIED
+    return "mend the row" if same else "install that version, or mend the row"
 
 
 class TowerConfig(TransformerLensConfig):
@@ -122,19 +133,20 @@ class Tower:
             starts = [self.root] if name in PATHS[:3] else self.blocks
             if starts and all(found(start, path) is None for start in starts):
                 raise MissingPathError(self._missing(path))
-        for name in PROJECTIONS:
-            path = getattr(self.row, name)
-            part = "mlp" if name.startswith("mlp_") else "attn"
-            if path is None or path.endswith("?") or getattr(self.row, part) is None:
-                continue
-            if self.blocks and self._anywhere(name) is None:
-                raise MissingPathError(self._missing(f"{getattr(self.row, part)}.{path}"))
+        for part, names in PROJECTIONS.items():
+            inside = getattr(self.row, part)
+            for name in names if inside is not None else ():
+                path = getattr(self.row, name) or getattr(self.row, name.removeprefix("cross_"))
+                if path is None or path.endswith("?") or not self.blocks:
+                    continue
+                if all(self.part(i, part, path) is None for i in range(len(self.blocks))):
+                    raise MissingPathError(self._missing(f"{inside}.{path}"))
 
     def _missing(self, path: str) -> str:
         return (
             f"tower {self.name!r} ({type(self.root).__name__}) has no module {path!r} in "
             f"transformers {transformers.__version__}; its row in mechmm/model/stacks.py was "
-            f"verified with transformers {VERIFIED}: install that version, or mend the row"
+            f"verified with transformers {VERIFIED}: {remedy()}"
         )
 
     # Modules ---------------------------------------------------------------------------------
@@ -334,16 +346,27 @@ class Tower:
 
     @property
     def W_E(self) -> Tensor:
-        """Token embedding [d_vocab, d_model]; patch embedding [channel * row * column, d_model]."""
-        weight = next(p for n, p in self._embed_parameters() if p.ndim in (2, 4)).detach()
-        if weight.ndim == 4:
-            return rearrange(weight, "d_model c h w -> (c h w) d_model")
-        return weight
+        """Token embedding [d_vocab, d_model]; patch embedding [channel * (frame *) row * column,
+        d_model].
 
-    def _embed_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        embed = self.module(self.row.embed)
-        found = [] if embed is None else list(embed.named_parameters())
-        return iter(sorted(found, key=lambda item: "position" in item[0]))
+        Raises:
+            AttributeError: for a tower without a table or a linear map of patches of its own.
+        """
+        embed = getattr(self.root, "get_input_embeddings", lambda: None)()
+        weight = None if embed is None else self._embedding_weight(embed)
+        if weight is None:
+            raise AttributeError(f"tower {self.name!r} has no embedding matrix of its own")
+        if isinstance(embed, nn.Embedding):
+            return weight.detach()
+        return weight.detach().flatten(1).T
+
+    def _embedding_weight(self, embed: nn.Module) -> Tensor | None:
+        """The table, or the weight of the only convolution or linear layer of an embedding."""
+        kinds = (nn.Embedding, nn.Linear, nn.Conv2d, nn.Conv3d)
+        if isinstance(embed, kinds):
+            return embed.weight
+        found = [m.weight for m in embed.modules() if isinstance(m, kinds[1:])]
+        return found[0] if len(found) == 1 else None
 
     @property
     def W_U(self) -> Tensor:
@@ -357,6 +380,8 @@ class Tower:
         return self.unembed.weight.detach().T  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Tensor:
+        if "prefix" not in self.__dict__:  # while it is copied
+            raise AttributeError(name)
         if name in (*WEIGHTS["attn"], *WEIGHTS["mlp"]):
             found = self.stacked(name)
             if found is not None:

@@ -29,8 +29,9 @@ def assert_no_hooks(hf_model: PreTrainedModel) -> None:
                 if getattr(h, "__module__", None) != RECORDER
             ]
         config = getattr(module, "config", None)
-        if getattr(config, "_attn_implementation", None) == attention.NAME:
-            left.append(f"{name}: config with attention {attention.NAME!r}")
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation in (attention.NAME, attention.PACKED):
+            left.append(f"{name}: config with attention {implementation!r}")
         if module in attention._HOOKS:
             left.append(f"{name}: attention hooks")
     assert not left, "left behind on the model:\n" + "\n".join(left)

@@ -7,6 +7,7 @@ Each point is a function of a `Case` that raises `AssertionError` where the fami
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from transformer_lens.hook_points import HookPoint
 from mechmm.model.audit import audit, real
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.model.taps import affine, moments, norm_kind
 from mechmm.model.tower import Tower
 from mechmm.testing.checks import assert_no_hooks
 from mechmm.testing.tiny import RECIPES, tiny_hf, tiny_inputs
@@ -98,6 +100,18 @@ class Case:
         for handle in handles:
             handle.remove()
         return caught
+
+    def normed(self, module: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """What enters and leaves a norm the first time it runs, None where it does not."""
+        caught: list[tuple[Tensor, Tensor]] = []
+
+        def catch(module: nn.Module, args: tuple, output: Any) -> None:
+            caught.append((args[0], output))
+
+        handle = module.register_forward_hook(catch)
+        self.logits()
+        handle.remove()
+        return caught[0] if caught else None
 
     @cached_property
     def awake(self) -> list[Tower]:
@@ -239,6 +253,20 @@ def weights(case: Case) -> None:
                 )
 
 
+def recomputed(case: Case) -> None:
+    """What is computed again for `hook_normalized` is what the norms give."""
+    model, wrong = case.model, []
+    for tower in case.awake:
+        for name, module in _norms(tower):
+            given = case.normed(module) if f"{name}.hook_scale" in model.hook_dict else None
+            if given is not None:
+                kind = norm_kind(module, tower.row.norm)
+                centred, scale = moments(given[0], module, kind)
+                if not case.near(affine(centred / scale, module, kind), given[1]):
+                    wrong.append(name)
+    assert not wrong, f"not what the module computes: {wrong}"
+
+
 def generates(case: Case) -> None:
     """Cached generation equals generation without a cache, hooks live at every step."""
     model, batch = case.model, case.batch
@@ -309,6 +337,7 @@ POINTS: dict[str, Callable[[Case], None]] = {
     "in place": in_place,
     "sums": sums,
     "weights": weights,
+    "recomputed": recomputed,
     "generates": generates,
     "leaves nothing": leaves_nothing,
 }
@@ -369,6 +398,16 @@ def _head_shape(
         return batch, pos, cfg.n_heads, cfg.d_model
     heads = cfg.n_key_value_heads if last in ("hook_k", "hook_v", "hook_rot_k") else cfg.n_heads
     return None if pos is None and heads != cfg.n_heads else batch, pos, heads, cfg.d_head
+
+
+def _norms(tower: Tower) -> Iterator[tuple[str, nn.Module]]:
+    """Every norm of a tower with the name of its hooks."""
+    blocks = (("ln1", "ln1_post", "ln_cross", "ln2", "ln2_post"), range(len(tower.blocks)))
+    for names, layers in ((("ln_pre", "ln_final"), (None,)), blocks):
+        for layer, name in itertools.product(layers, names):
+            module = tower.module(getattr(tower.row, name), layer)
+            if module is not None:
+                yield f"{tower.prefix}{'' if layer is None else f'blocks.{layer}.'}{name}", module
 
 
 def _stream_sums(case: Case, tower: Tower) -> None:
@@ -438,8 +477,3 @@ def _products(case: Case, tower: Tower, layer: int) -> Iterator[tuple[str, Tenso
 def _there(module: nn.Module | None) -> nn.Module:
     assert module is not None
     return module
-
-
-def with_options(case: Case, **options: Any) -> Case:
-    """A case with other options of its model."""
-    return replace(case, options=tuple({**dict(case.options), **options}.items()))

@@ -38,7 +38,7 @@ def check(case: Case, point: str) -> None:
 def passes(case: Case, point: str) -> bool:
     try:
         POINTS[point](case)
-    except Exception:
+    except (AssertionError, KeyError, StopIteration):  # no language model, no tower
         return False
     return True
 

@@ -14,9 +14,10 @@ from mechmm.model import families, stacks
 from mechmm.model.batch import Batch
 from mechmm.model.families import FAMILIES, UnknownArchitectureError
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.rows import Projector
 from mechmm.model.tower import MissingPathError
 from mechmm.runs.families import families_page
-from mechmm.testing import tiny_hf, tiny_inputs, tiny_processor
+from mechmm.testing import assert_no_hooks, tiny_hf, tiny_inputs, tiny_processor
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 
@@ -116,3 +117,51 @@ def test_the_command_lists_every_row():
     found = CliRunner().invoke(app, ["families", "--json"])
     assert found.exit_code == 0
     assert {row["architecture"] for row in json.loads(found.stdout)} == set(FAMILIES)
+
+
+def test_a_wrong_projector_leaves_the_model_as_it_was(monkeypatch):
+    family = FAMILIES["LlavaForConditionalGeneration"]
+    for projector in (Projector("model.nowhere"), Projector("model.multi_modal_projector", "in")):
+        hf_model = tiny_hf("llava")
+        wrong = replace(family, projectors={"projector": projector})
+        monkeypatch.setitem(families.FAMILIES, family.architecture, wrong)
+        with pytest.raises(MissingPathError, match=r"'model.nowhere'|no module 'in'"):
+            HookedMultimodal.from_hf(hf_model)
+        assert_no_hooks(hf_model)
+
+
+def test_a_model_whose_blocks_all_have_experts_is_hooked():
+    config = tiny_hf("qwen3_vl_moe").config
+    config.text_config.mlp_only_layers = []
+    model = HookedMultimodal.from_hf(type(tiny_hf("qwen3_vl_moe"))(config).eval())
+    assert all(f"blocks.{i}.mlp.hook_router" in model.hook_dict for i in range(model.cfg.n_layers))
+    assert "blocks.0.mlp.hook_pre" not in model.hook_dict
+
+
+def test_weight_for_another_expert_chooses_it():
+    model = HookedMultimodal.from_hf(tiny_hf("qwen3_vl_moe"))
+    batch = Batch.from_inputs(model, **tiny_inputs(model, (1,)))
+    hook, out = "blocks.0.mlp.hook_router", "blocks.0.mlp.hook_expert_out"
+
+    def swap(value, hook):
+        return value.flip(-1)
+
+    def all_of_them(value, hook):
+        return torch.ones_like(value)
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(hook, swap)]):
+        cache = model.run_with_cache(batch, names_filter=[hook, out])[1]
+    used = cache[out].abs().amax(-1) > 0
+    assert torch.equal(used, cache[hook] != 0)
+    with pytest.raises(ValueError, match="gives weight to more than 2 experts"), torch.no_grad():
+        model.run_with_hooks(batch, fwd_hooks=[(hook, all_of_them)])
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "clip", "mistral3", "dinov2", "emu3"])
+def test_the_embedding_matrix_is_that_of_the_embedding(family):
+    model = HookedMultimodal.from_hf(tiny_hf(family))
+    for name, tower in model.towers.items():
+        shape = tower.W_E.shape
+        assert shape[1] == tower.cfg.d_model
+        wide = tower.config.vocab_size if name in ("language", "text") else None
+        assert wide is None or shape[0] == wide

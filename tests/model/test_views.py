@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from mechmm.engine import sites
+from mechmm.engine.sites import places
 from mechmm.model.batch import Batch, InputError
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import Box, Patches, SpanError
@@ -120,3 +122,8 @@ def test_two_kinds_of_media_in_one_prompt_are_told_apart():
     assert [medium.kind for medium in layout.media[0]] == ["image", "video"]
     assert set(layout.image[0][layout.mask("image")[0]].tolist()) == {0}
     assert set(layout.image[0][layout.mask("video")[0]].tolist()) == {1}
+    batch = Batch.from_inputs(model, **joined, **media)
+    with pytest.raises(SpanError, match="images and videos, and the tower runs once for each kind"):
+        model.run_with_cache(batch)
+    with pytest.raises(SpanError, match="use one kind per batch"):
+        places(sites.projector(model).table.iloc[0], batch.layout, 0)

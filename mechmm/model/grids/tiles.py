@@ -451,7 +451,8 @@ def attended_tiles(config: Any, inputs: Inputs) -> list[Medium]:
         where = _put_together(down, across, side, first=1)
         tile = where[..., :1] - 1
         where = np.concatenate([np.full_like(tile, row - start), where[..., 1:] + step * tile], -1)
-        grid = Grid(down * side, across * side, (NOWHERE,), where.reshape(-1, 1, 2))
+        cells = where.reshape(-1, 1, 2)
+        grid = Grid(down * side, across * side, (NOWHERE,), cells, mixed=True)
         total = vision.max_num_tiles * step
         media.append(Medium((grid,), tower_positions=total, tower_rows=end - start))
     return media
