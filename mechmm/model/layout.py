@@ -150,9 +150,10 @@ class TokenLayout:
         """
         kinds = sorted({medium.kind for media in self.media for medium in media})
         if len(kinds) > 1:
+            both = " and ".join(f"{kind}s" for kind in kinds)
             raise SpanError(
-                f"the batch has {' and '.join(f'{kind}s' for kind in kinds)}, and the tower runs once for each kind, so "
-                "its rows and cached values would be mixed up; use one kind per batch"
+                f"the batch has {both}, and the tower runs once for each kind, so its rows and "
+                "cached values would be mixed up; use one kind per batch"
             )
 
     @property
