@@ -32,7 +32,7 @@ from mechmm.data.metrics import Metric, logit_diff, prepared, score
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.sites import RANDOM, Sites, random_like
 from mechmm.engine.sweep import Report, Source, sweep
-from mechmm.model.grids import Medium
+from mechmm.model.grids import Medium, sources
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
@@ -149,7 +149,7 @@ class Patching(Result):
         if len(heads):
             figures["heads"] = self._by_layer(heads, "head")
         patches = (self.sites["tower"] == "vision") & self.sites["position"].notna()
-        if patches.any() and self.picture is not None:
+        if patches.any() and self.picture is not None and self.grid:
             figures["patches"] = self.overlay(0)
         figures["strongest"] = self._bars()
         return figures
@@ -159,11 +159,13 @@ class Patching(Result):
         the first clean picture: means over different pictures would mean nothing.
 
         Raises:
-            ValueError: no picture, or no `sites.patches` in the table.
+            ValueError: no picture, no `sites.patches` in the table, or a picture seen in tiles.
         """
         chosen = (self.sites["tower"] == "vision") & self.sites["position"].notna()
         if self.picture is None or not chosen.any():
             raise ValueError("an overlay needs a picture and sites.patches in the table of sites")
+        if not self.grid:
+            raise ValueError("the first picture is seen in tiles: an overlay shows one grid alone")
         table = self.sites[chosen].assign(
             effect=self.effects()[:, example].numpy()[chosen.to_numpy()]
         )
@@ -282,13 +284,14 @@ def patch(
 
 def _grid(medium: Medium) -> tuple[int, ...]:
     """Rows and columns of the tower's own patches, and its positions before the first of them;
-    empty where the medium is seen in several views."""
+    empty where the medium is seen in several views or its patches do not lie row by row."""
     if len(medium.views) != 1:
         return ()
     view = medium.views[0]
-    positions = view.sources[..., 1]
-    merge = math.isqrt(positions.shape[1])
-    return view.rows * merge, view.columns * merge, int(positions.min())
+    merge, first = math.isqrt(view.sources.shape[1]), int(view.sources[..., 1].min())
+    plain = sources(view.rows, view.columns, merge=merge, first=first)
+    in_rows = np.array_equal(view.sources, plain)
+    return (view.rows * merge, view.columns * merge, first) if in_rows else ()
 
 
 @torch.no_grad()

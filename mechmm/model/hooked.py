@@ -154,6 +154,14 @@ class HookedMultimodal(Encoding):
         """
         return cls(hf_model, processor)
 
+    def __deepcopy__(self, memo: dict) -> Any:
+        """Refused: taps lie on the modules of one Hugging Face model.
+
+        Raises:
+            TypeError: always, with what to do.
+        """
+        raise TypeError("a hooked model cannot be copied; copy.deepcopy(model.unwrap()), wrap both")
+
     def unwrap(self) -> PreTrainedModel:
         """The Hugging Face model as it was, with no hook and no attention function of ours left."""
         self.reset_hooks(including_permanent=True)

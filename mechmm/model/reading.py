@@ -126,8 +126,12 @@ class Reading(HookedRootModule):
         if tokenizer is None:
             return tuple(tuple(f" {i}" for i in row) for row in ids.tolist())
         names = [tokenizer.convert_ids_to_tokens(row) for row in ids.tolist()]
-        marked = any(name.startswith(("▁", "Ġ")) for name in tokenizer.get_vocab())
-        return tuple(tuple(_readable(name, marked) for name in row) for row in names)
+        return tuple(tuple(_readable(name, self._spaced) for name in row) for row in names)
+
+    @cached_property
+    def _spaced(self) -> bool:
+        """Whether the tokenizer marks the space before a word."""
+        return any(name.startswith(("▁", "Ġ")) for name in self.tokenizer.get_vocab())
 
     def to_tokens(self, text: str) -> Int[Tensor, "1 pos"]:
         """Token ids of a text, as the tokenizer gives them."""

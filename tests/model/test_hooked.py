@@ -1,5 +1,6 @@
 """HookedMultimodal: loading, hooks that come off again, caching, generation, and every error."""
 
+import copy
 import shutil
 
 import pytest
@@ -158,6 +159,11 @@ def test_unwrap_gives_the_model_back_as_it_was(model):
         assert all(torch.equal(a, b) for a, b in zip(again, hidden, strict=True))
         model = HookedMultimodal.from_hf(hf_model)
         assert torch.equal(model(Batch.from_inputs(model, **inputs)), before)
+
+
+def test_a_copy_is_refused_with_the_way_to_make_one(model):
+    with pytest.raises(TypeError, match=r"copy.deepcopy\(model.unwrap\(\)\), wrap both"):
+        copy.deepcopy(model)
 
 
 def test_a_model_cannot_be_wrapped_twice(model):
