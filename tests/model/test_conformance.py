@@ -3,7 +3,7 @@
 A point that a family cannot pass is named with its reason, and has to fail indeed.
 """
 
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ NUMBERS = ("same logits", "clean into clean", "sums", "weights", "generates")
 """The points that a variant of a family might change."""
 
 
-@cache
+@lru_cache(maxsize=4)  # a case holds a model and its activations
 def case_of(family: str, kind: str, **options) -> Case:
     return Case(family, kind, **options)
 
