@@ -12,9 +12,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def script(monkeypatch):
-    """Imports a benchmark by its name."""
+    """Imports a benchmark by its name, for one thread."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield importlib.import_module
+    torch.set_num_threads(threads)
 
 
 def test_overhead(script, tmp_path, capsys):
