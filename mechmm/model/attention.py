@@ -12,8 +12,9 @@ cost nothing unless asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -55,7 +56,24 @@ class AttentionHooks:
         return (value, _same) if pack is None else unpacked(value, pack.blocks, 1)
 
 
+States = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value."""
+
+
+class Reentry(Protocol):
+    """Stands between a run of some positions alone and attention, which sees all of them."""
+
+    def enter(self, states: States, mask: Tensor | None, causal: bool) -> tuple[States, Any]:
+        """The states and the mask with which attention is computed."""
+        ...
+
+    def leave(self, z: Tensor) -> Tensor:
+        """z [batch, pos, head, d_head] as the run goes on with it."""
+        ...
+
+
 _HOOKS: WeakKeyDictionary[nn.Module, AttentionHooks] = WeakKeyDictionary()
+_REENTRIES: WeakKeyDictionary[nn.Module, Reentry] = WeakKeyDictionary()
 
 
 def register() -> None:
@@ -73,6 +91,16 @@ def attach(module: nn.Module, hooks: AttentionHooks) -> None:
 def detach(module: nn.Module) -> None:
     """Forget an attention module."""
     _HOOKS.pop(module, None)
+
+
+@contextmanager
+def reentering(module: nn.Module, reentry: Reentry) -> Iterator[None]:
+    """While it lasts, an attention module computes with what a re-entry gives it."""
+    _REENTRIES[module] = reentry
+    try:
+        yield
+    finally:
+        _REENTRIES.pop(module, None)
 
 
 def listening(hook: HookPoint) -> bool:
@@ -131,27 +159,34 @@ def attention_forward(
     hooks = _HOOKS.get(module)
     ends = kwargs.pop("cu_seq_lens_q", None)
     lengths = None if ends is None else (ends[1:] - ends[:-1]).tolist()
-    rest = (attention_mask, dropout, scaling, is_causal)
     if hooks is None:
+        rest = (attention_mask, dropout, scaling, is_causal)
         return _stock(module, (query, key, value), lengths, *rest, **kwargs)
     query = _fire_heads_first(hooks.rot_q, query, hooks.view)
     key = _fire_heads_first(hooks.rot_k, key, hooks.view)
-    states, watched = (query, key, value), listening(hooks.scores) or listening(hooks.pattern)
+    states: States = (query, key, value)
+    causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
+    reentry = _REENTRIES.get(module)
+    if reentry is not None:
+        states, attention_mask = reentry.enter(states, attention_mask, causal)
+    rest = (attention_mask, dropout, scaling, is_causal)
+    watched = listening(hooks.scores) or listening(hooks.pattern)
     if not (watched or hooks.eager):
         z, pattern = _stock(module, states, lengths, *rest, **kwargs)
+        z = z if reentry is None else reentry.leave(z)
         return fire(hooks.z, z, hooks.view), pattern
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, kwargs.get("softcap"))
     pack, pattern = hooks.pack(), None
     if pack is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        mask = _additive_mask(attention_mask, query, key, bool(causal))
+        mask = _additive_mask(attention_mask, *states[:2], causal)
         z, pattern = _eager(hooks, states, mask, options)
     else:
         z = _eager_by_chunk(states, attention_mask, lengths, options)
         if watched:
             mask = _packed_mask(pack, attention_mask, lengths, query)
             z = _packed(hooks, pack, z, states, mask, options)
+    z = z if reentry is None else reentry.leave(z)
     return fire(hooks.z, z, hooks.view), pattern
 
 
@@ -162,10 +197,6 @@ class Options:
     scaling: float
     dropout: float
     softcap: float | None
-
-
-States = tuple[Tensor, Tensor, Tensor]
-"""Query, key and value."""
 
 
 def _chunks(states: States, lengths: list[int]) -> Iterator[States]:

@@ -1,0 +1,85 @@
+"""From the stream behind the last block to logits: final norm, unembedding, softcap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from mechmm.engine.record import Recording
+from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.model.tower import Tower
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The end of a language model.
+
+    Attributes:
+        tower: the language model.
+        unembed: its output layer.
+        softcap: of the logits, or None.
+        rows: the only tokens whose logits are read, by prompt [prompt, token], or None.
+    """
+
+    tower: Tower
+    unembed: nn.Linear
+    softcap: float | None
+    rows: Int[Tensor, "prompt token"] | None = None
+
+    def __call__(self, stream: Tensor, prompts: Tensor, at: Tensor) -> Tensor:
+        """Logits [trial, token, vocab] (or the chosen ones) of tokens in one row.
+
+        Args:
+            stream: what left the last block [1, token, d_model].
+            prompts: the prompt of every trial [trial].
+            at: where the tokens of every trial are [trial, token].
+        """
+        self.tower.shape = stream.shape
+        norm = self.tower.module(self.tower.row.ln_final)
+        normed = (stream if norm is None else norm(stream))[0][at]
+        if self.rows is None:
+            logits = self.unembed(normed)
+        else:
+            rows = self.rows[prompts]
+            logits = torch.einsum("ntd,nvd->ntv", normed, self.unembed.weight[rows])
+            if self.unembed.bias is not None:
+                logits = logits + self.unembed.bias[rows][:, None]
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+def head_of(
+    model: HookedMultimodal, recording: Recording, rows: Int[Tensor, "prompt token"] | None
+) -> Head | None:
+    """The end of a language model, or None where its logits are not what this module computes.
+
+    Checked against the recorded logits, on the tokens that are read.
+    """
+    tower = model.towers[LANGUAGE]
+    unembed = tower.unembed
+    if not isinstance(unembed, nn.Linear) or recording.wanted is None:
+        return None
+    wanted = recording.wanted.to(recording.logits.device)
+    there = torch.arange(len(wanted), device=wanted.device)[:, None]
+    stream = recording.stream(len(recording.blocks))[there, wanted].flatten(0, 1)[None]
+    at = torch.arange(wanted.numel(), device=wanted.device).view(wanted.shape)
+    real = recording.logits
+    if rows is not None:
+        real = real.gather(-1, rows[:, None].expand(-1, real.shape[1], -1))
+    caps = [None, getattr(tower.config, "final_logit_softcapping", None)]
+    for cap in dict.fromkeys(caps):
+        head = Head(tower, unembed, cap, rows)
+        if close(head(stream, there[:, 0], at), real):
+            return head
+    return None
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Whether two computations of one thing agree, up to the order of their sums."""
+    error = 1e-4 if a.dtype == torch.float32 else 2e-2
+    scale = float(b.float().abs().max().clamp(min=1e-6))
+    return float((a.float() - b.float()).abs().max()) <= error * scale

@@ -1,0 +1,270 @@
+"""One run of the unchanged prompts, recorded block by block, from which every trial goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mechmm.engine.freeze import first_of
+from mechmm.engine.places import QUERY_ROWS
+from mechmm.model.attention import States, reentering
+from mechmm.model.batch import Batch
+from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.model.tower import Tower
+
+SUFFIXES = ("causal", "image spans", "both ways")
+"""Kinds of `Family.resume` whose language blocks can run some positions alone."""
+BY_TOKEN = ("position_embeddings", "position_ids", "cache_position")
+"""What a language block is given for every position."""
+
+
+@dataclass
+class Block:
+    """What one block of the language model was given and gave.
+
+    Attributes:
+        stream: what entered [batch, pos, d_model].
+        options: its keyword arguments.
+        attn: what its attention module gave, raw; gave: what it gave itself.
+        keys, values: as attention used them [batch, key-value head, pos, d_head].
+        mask: as attention used it, or None.
+        causal: whether attention without a mask is causal.
+        added: what was added to the stream behind it and outside of it, or None.
+    """
+
+    stream: Tensor
+    options: dict[str, Any]
+    attn: Any = None
+    gave: Any = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = True
+    added: Tensor | None = None
+
+
+@dataclass
+class Recording:
+    """A run of the unchanged prompts.
+
+    Attributes:
+        batch: the prompts.
+        wanted: positions whose logits are read [batch, token], or None for an encoder.
+        logits: the logits there [batch, token, vocab]; what an encoder gives.
+        hooks: values of the hooks that were asked for.
+        given: raw outputs of the blocks of every tower that runs once, by tower.
+        blocks: of the language model, where it can run some positions alone; else empty.
+        end: what left the last of them [batch, pos, d_model].
+    """
+
+    batch: Batch
+    wanted: Int[Tensor, "batch token"] | None
+    logits: Tensor
+    hooks: dict[str, Tensor]
+    given: dict[str, list[Any]]
+    blocks: list[Block] = field(default_factory=list)
+    end: Tensor | None = None
+
+    def stream(self, layer: int) -> Tensor:
+        """What entered a block, or left the last one [batch, pos, d_model]."""
+        if layer < len(self.blocks):
+            return self.blocks[layer].stream
+        assert self.end is not None
+        return self.end
+
+
+def record(
+    model: HookedMultimodal,
+    batch: Batch,
+    wanted: Int[Tensor, "batch token"] | None,
+    hooks: Sequence[str],
+    towers: Sequence[str],
+) -> Recording:
+    """Run the prompts once and keep what trials go on from.
+
+    Args:
+        wanted: positions whose logits are read; None for an encoder.
+        hooks: whose values are kept; those of scores and patterns by a run of their own, because
+            attention that shows them computes otherwise.
+        towers: whose blocks' outputs are kept.
+    """
+    patterns = [hook for hook in hooks if hook.endswith(QUERY_ROWS)]
+    kept = values(model, batch, patterns) if patterns else {}
+    blocks: list[Block] = []
+    given = {name: _Outputs(model.towers[name]) for name in towers}
+    with ExitStack() as stack:
+        for outputs in given.values():
+            stack.enter_context(outputs.listening())
+        if resumes(model):
+            blocks = stack.enter_context(_blocks(model.towers[LANGUAGE]))
+        stack.enter_context(model.hooks(fwd_hooks=_keeping(kept, set(hooks) - set(patterns))))
+        logits = read(model, batch, wanted)
+    _note_additions(blocks)
+    end = first_of(blocks[-1].gave) if blocks else None
+    found = {name: o.found for name, o in given.items() if o.once}
+    return Recording(batch, wanted, logits, kept, found, blocks, end)
+
+
+def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[str, Tensor]:
+    """The values of some hooks on one batch."""
+    kept: dict[str, Tensor] = {}
+    with model.hooks(fwd_hooks=_keeping(kept, hooks)):
+        model(batch, logits_to_keep=1)
+    return kept
+
+
+def _keeping(kept: dict[str, Tensor], hooks: Iterable[str]) -> list[tuple[str, Callable]]:
+    return [(name, partial(_keep, kept)) for name in sorted(set(hooks))]
+
+
+def resumes(model: HookedMultimodal) -> bool:
+    """Whether the language model's blocks can run some positions alone."""
+    return (
+        model.family.resume in SUFFIXES
+        and LANGUAGE in model.towers
+        and not model.config.is_encoder_decoder
+    )
+
+
+def read(
+    model: Callable[..., Tensor], batch: Batch, wanted: Int[Tensor, "batch token"] | None
+) -> Tensor:
+    """Logits at some positions [batch, token, vocab], or all that an encoder gives."""
+    if wanted is None:
+        return model(batch)
+    first = int(wanted.min())
+    logits = model(batch, logits_to_keep=batch.input_ids.shape[1] - first)
+    rows = torch.arange(len(batch), device=logits.device)
+    return logits[rows[:, None], (wanted - first).to(logits.device)]
+
+
+def _keep(kept: dict[str, Tensor], value: Tensor, hook: Any) -> None:
+    kept[hook.name] = value.detach()
+
+
+class _Outputs:
+    """What the blocks of a tower give."""
+
+    def __init__(self, tower: Tower) -> None:
+        self.tower = tower
+        self.found: list[Any] = []
+
+    @property
+    def once(self) -> bool:
+        return len(self.found) == len(self.tower.blocks)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def keep(module: nn.Module, args: tuple, output: Any) -> None:
+            self.found.append(output)
+
+        handles = [block.register_forward_hook(keep) for block in self.tower.blocks]
+        try:
+            yield
+        finally:
+            _remove(handles)
+
+
+@contextmanager
+def _blocks(tower: Tower) -> Iterator[list[Block]]:
+    """The blocks of a stack as they are called."""
+    found: list[Block] = []
+    handles: list[RemovableHandle] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        options = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+        options |= {k: None for k in ("attention_mask", "past_key_values") if k in options}
+        options |= {"use_cache": False} if "use_cache" in options else {}
+        found.append(Block(stream, options))
+
+    def behind(module: nn.Module, args: tuple, output: Any) -> None:
+        found[-1].attn = output
+
+    def last(module: nn.Module, args: tuple, output: Any) -> None:
+        found[-1].gave = output
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(tower.blocks):
+            handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+            attn, core = (tower.part(layer, "attn", path) for path in ("", tower.row.core))
+            assert attn is not None
+            assert core is not None
+            handles.append(attn.register_forward_hook(behind))
+            stack.enter_context(reentering(core, _Watch(found)))
+            handles.append(block.register_forward_hook(last))
+        try:
+            yield found
+        finally:
+            _remove(handles)
+
+
+class _Watch:
+    """Notes keys and values as attention uses them."""
+
+    def __init__(self, blocks: list[Block]) -> None:
+        self.blocks = blocks
+
+    def enter(self, states: States, mask: Tensor | None, causal: bool) -> tuple[States, Any]:
+        block = self.blocks[-1]
+        _, block.keys, block.values = states
+        block.mask, block.causal = mask, causal
+        return states, mask
+
+    def leave(self, z: Tensor) -> Tensor:
+        return z
+
+
+def _note_additions(blocks: list[Block]) -> None:
+    """Where what a block gave is not what entered the next one: the difference."""
+    for block, after in pairwise(blocks):
+        gave = first_of(block.gave)
+        if not torch.equal(gave, after.stream):
+            block.added = after.stream - gave
+        block.gave = None
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def reach(block: Block, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """The last position that every query sees; padding sees nothing."""
+    count = real.shape[1]
+    own = torch.arange(count, device=real.device).expand(len(real), -1)
+    if block.mask is None:
+        seen = own if block.causal else torch.full_like(own, count - 1)
+    else:
+        visible = block.mask[:, 0] if block.mask.dtype == torch.bool else block.mask[:, 0] == 0
+        visible = visible & real[:, None, :]
+        seen = torch.where(visible, own[:, None, :], -1).amax(-1).expand(len(real), -1)
+    return seen.where(real, -1)
+
+
+def starts(recording: Recording, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """For every position the first one that a change there can reach, in any block.
+
+    Positions before it see neither it nor anything behind it.
+    """
+    seen = torch.stack([reach(block, real) for block in recording.blocks]).amax(0)
+    count = real.shape[1]
+    before = seen.cummax(1).values.roll(1, 1)
+    before[:, 0] = -1
+    own = torch.arange(count, device=real.device).expand(len(real), -1)
+    return own.where(before < own, -1).cummax(1).values.clamp(min=0)
+
+
+def seen_by(recording: Recording, layer: int) -> Float[Tensor, "batch query key"] | None:
+    """The mask of a block as attention used it, or None for causal attention."""
+    mask = recording.blocks[layer].mask
+    return None if mask is None else mask[:, 0]
