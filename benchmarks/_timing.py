@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import json
+import operator
 import os
 import statistics
 import time
@@ -24,11 +25,14 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Side = Callable[[], object]
+SIGNS = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}
 
 
 @dataclass(frozen=True)
 class Row:
     """One comparison: the median of `ours` over that of `theirs` is `ratio`, `goal` its bound.
+
+    Where more is better, as in how many times less ours takes, it is theirs over ours.
 
     Attributes:
         noise: standard error of the ratio, from its scatter over the rounds.
@@ -58,14 +62,20 @@ def compare(
     theirs: Sequence[float],
     goal: str | None,
     difference: float | None = None,
+    turned: bool = False,
 ) -> Row:
-    """A row of what two sides took in every round; a goal reads `"<= 1.03"` or `"< 1"`."""
+    """A row of what two sides took in every round; a goal reads `"<= 1.03"`, `"< 1"` or `">= 4"`.
+
+    Args:
+        turned: the ratio is theirs over ours.
+    """
     mine, other = statistics.median(ours), statistics.median(theirs)
-    ratio, met = mine / other, None
+    above, below = (theirs, ours) if turned else (ours, theirs)
+    ratio, met = (other / mine if turned else mine / other), None
     if goal is not None:
         sign, bound = goal.split()
-        met = ratio < float(bound) if sign == "<" else ratio <= float(bound)
-    noise = _error([one / two for one, two in zip(ours, theirs, strict=True)])
+        met = SIGNS[sign](ratio, float(bound))
+    noise = _error([one / two for one, two in zip(above, below, strict=True)])
     return Row(job, against, unit, mine, other, ratio, noise, goal, met, difference)
 
 
@@ -97,24 +107,29 @@ def settle() -> None:
 
 
 def interleaved(
-    sides: Mapping[str, Side], rounds: int, device: str = "cpu"
+    sides: Mapping[str, Side], rounds: int, device: str = "cpu", warm: bool = False
 ) -> dict[str, list[float]]:
-    """Milliseconds of every side in every round; each round begins with another side."""
+    """Milliseconds of every side in every round; each round begins with another side.
+
+    Args:
+        warm: every side has run already, so that none runs once more before its first round.
+    """
     names = list(sides)
     found: dict[str, list[float]] = {name: [] for name in names}
-    for side in sides.values():
+    for side in () if warm else sides.values():
         side()
     gc.collect()
     gc.freeze()  # what was built before is not searched for garbage again, in nobody's turn
     for number in range(rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            found[name].append(_milliseconds(sides[name], device))
+            found[name].append(milliseconds(sides[name], device))
     gc.unfreeze()
     return found
 
 
-def _milliseconds(side: Side, device: str) -> float:
+def milliseconds(side: Side, device: str) -> float:
+    """What one run of a side takes."""
     gc.collect()
     clock = time.process_time if device == "cpu" else time.perf_counter
     if device != "cpu":
@@ -126,12 +141,16 @@ def _milliseconds(side: Side, device: str) -> float:
     return 1000 * (clock() - start)
 
 
-def peak_bytes(side: Side, device: str = "cpu") -> int:
+def peak_bytes(side: Side, device: str = "cpu", warm: bool = False) -> int:
     """The most that tensors take at once while a side runs, beyond what they took before.
 
     As PyTorch's allocator counts, so exact: two runs give the same number.
+
+    Args:
+        warm: the side has run already, so that it does not run once more before it is measured.
     """
-    side()
+    if not warm:
+        side()
     gc.collect()
     if device != "cpu":
         torch.cuda.synchronize()

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -139,6 +140,60 @@ METRICS: dict[str, Metric] = {
 """The metrics by name."""
 
 
+READS_ANSWERS: tuple[Metric, ...] = (logit_diff,)
+"""Metrics that read no other logits than those of answer and foil."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """One run that a metric needs.
+
+    Attributes:
+        batch: what runs: the prompts, with an answer after them where it has several tokens.
+        places: positions after which logits are read [batch, token].
+        rows: the only tokens whose logits are read [batch, row], or None for all.
+        reduce: (logits [batch, token, vocab or row], answers) -> [batch]; the value of a metric is
+            the sum over its readings.
+    """
+
+    batch: Batch
+    places: Int[Tensor, "batch token"]
+    rows: Int[Tensor, "batch row"] | None
+    reduce: Metric
+
+    def logits(self, model: Callable[..., Tensor]) -> Float[Tensor, "batch token row"]:
+        """What the reading reads, of a run of the whole model."""
+        return chosen(logits_at(model, self.batch, self.places), self.rows)
+
+
+def readings(batch: Batch, answers: Answers, metric: Metric) -> list[Reading]:
+    """The runs that a metric needs for answers of any number of tokens.
+
+    Raises:
+        ValueError: another number of answers than prompts; a metric of one's own with answers of
+            several tokens.
+    """
+    if len(batch) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(batch)} prompts; give one each")
+    if answers.single or metric is kl:
+        rows = None
+        if metric in READS_ANSWERS:
+            rows = torch.cat([answers.answer_ids, answers.foil_ids], dim=1)
+        last = batch.layout.last[:, None]
+        return [Reading(batch, last, rows, partial(_after_last, metric))]
+    if metric not in METRICS.values():
+        raise ValueError(
+            f"some answers have several tokens, for which {metric!r} has no rule; use one of "
+            f"{', '.join(METRICS)}, or answers of one token"
+        )
+    longer, places = forced(batch, answers.answer_ids)
+    found = [Reading(longer, places, None, partial(_sequence, metric))]
+    if metric is logit_diff:
+        longer, places = forced(batch, answers.foil_ids)
+        found.append(Reading(longer, places, None, _minus_foil))
+    return found
+
+
 def score(
     model: Callable[..., Tensor], batch: Batch, answers: Answers, metric: Metric = logit_diff
 ) -> Float[Tensor, " batch"]:
@@ -157,16 +212,9 @@ def score(
         ValueError: another number of answers than prompts; a metric of your own with answers of
             several tokens.
     """
-    if len(batch) != len(answers):
-        raise ValueError(f"{len(answers)} answers for {len(batch)} prompts; give one each")
-    if answers.single or metric is kl:
-        return metric(last_logits(model, batch), answers)
-    if metric not in METRICS.values():
-        raise ValueError(
-            f"some answers have several tokens, for which {metric!r} has no rule; use one of "
-            f"{', '.join(METRICS)}, or answers of one token"
-        )
-    return _sequence_score(model, batch, answers, metric)
+    parts = readings(batch, answers, metric)
+    first, *rest = (part.reduce(part.logits(model), answers) for part in parts)
+    return sum(rest, first)
 
 
 @torch.no_grad()
@@ -179,27 +227,48 @@ def prepared(
 
 def last_logits(model: Callable[..., Tensor], batch: Batch) -> Float[Tensor, "batch vocab"]:
     """Logits after the last token of every prompt, however the batch is padded."""
-    nothing = torch.full((len(batch), 1), -1, device=batch.input_ids.device)
-    return forced_logits(model, batch, nothing)[:, 0]
+    return logits_at(model, batch, batch.layout.last[:, None])[:, 0]
+
+
+def logits_at(
+    model: Callable[..., Tensor], batch: Batch, places: Int[Tensor, "batch token"]
+) -> Float[Tensor, "batch token vocab"]:
+    """Logits after some positions of every prompt."""
+    first = int(places.min())
+    logits = model(batch, logits_to_keep=batch.input_ids.shape[1] - first)
+    rows = torch.arange(len(batch), device=logits.device)
+    return logits[rows[:, None], (places - first).to(logits.device)]
+
+
+def chosen(
+    logits: Float[Tensor, "batch token vocab"], rows: Int[Tensor, "batch row"] | None
+) -> Float[Tensor, "batch token row"]:
+    """The logits of some tokens alone, for every prompt its own; all where none are named."""
+    if rows is None:
+        return logits
+    return logits.gather(-1, rows[:, None].expand(-1, logits.shape[1], -1))
+
+
+def forced(
+    batch: Batch, ids: Int[Tensor, "batch token"]
+) -> tuple[Batch, Int[Tensor, "batch token"]]:
+    """A text written after the prompts (teacher forcing), and the positions to read it at.
+
+    The logits at place `t` are the distribution over token `t` given the prompt and the tokens
+    before it; those where `ids` is -1 mean nothing.
+    """
+    before = batch.input_ids.shape[1]
+    after = torch.arange(before, before + ids.shape[1] - 1).expand(len(batch), -1)
+    places = torch.cat([batch.layout.last[:, None], after], dim=1)
+    return continued(batch, ids[:, :-1]), places
 
 
 def forced_logits(
     model: Callable[..., Tensor], batch: Batch, ids: Int[Tensor, "batch token"]
 ) -> Float[Tensor, "batch token vocab"]:
-    """Logits for every token of a text that is written after the prompts (teacher forcing).
-
-    Entry `t` is the distribution over token `t` given the prompt and the tokens before it; entries
-    where `ids` is -1 mean nothing.
-    """
-    before, last = batch.input_ids.shape[1], batch.layout.last
-    longer = continued(batch, ids[:, :-1])
-    after = torch.arange(before, before + ids.shape[1] - 1).expand(len(batch), -1)
-    wanted = torch.cat([last[:, None], after], dim=1)
-    keep = longer.input_ids.shape[1] - int(last.min())
-    logits = model(longer, logits_to_keep=keep)
-    places = (wanted - int(last.min())).to(logits.device)
-    rows = torch.arange(len(batch), device=logits.device)
-    return logits[rows[:, None], places]
+    """Logits for every token of a text that is written after the prompts (as `forced`)."""
+    longer, places = forced(batch, ids)
+    return logits_at(model, longer, places)
 
 
 def continued(batch: Batch, ids: Int[Tensor, "batch new"]) -> Batch:
@@ -254,18 +323,24 @@ def _longer_layout(layout: TokenLayout, real: Tensor) -> TokenLayout:
     )
 
 
-def _sequence_score(
-    model: Callable[..., Tensor], batch: Batch, answers: Answers, metric: Metric
-) -> Tensor:
+def _after_last(metric: Metric, logits: Tensor, answers: Answers) -> Tensor:
+    """A metric of the logits at one position, which are those of answer and foil, or all."""
+    if metric in READS_ANSWERS:
+        first = torch.zeros_like(answers.answer_ids)
+        answers = replace(answers, answer_ids=first, foil_ids=first + 1)
+    return metric(logits[:, 0], answers)
+
+
+def _sequence(metric: Metric, logits: Tensor, answers: Answers) -> Tensor:
     ids = answers.answer_ids
-    logits = forced_logits(model, batch, ids)
     if metric is accuracy:
         return ((logits.argmax(-1) == ids) | (ids < 0)).all(-1).to(logits.dtype)
     total = _sequence_log_prob(logits, ids)
-    if metric is logit_diff:
-        foil = forced_logits(model, batch, answers.foil_ids)
-        return total - _sequence_log_prob(foil, answers.foil_ids)
     return total.exp() if metric is prob else total
+
+
+def _minus_foil(logits: Tensor, answers: Answers) -> Tensor:
+    return -_sequence_log_prob(logits, answers.foil_ids)
 
 
 def _sequence_log_prob(logits: Tensor, ids: Tensor) -> Tensor:

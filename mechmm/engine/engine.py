@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -10,14 +11,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mechmm.data.metrics import chosen
+from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
-from mechmm.engine.places import Entry, Ints, Places, Spot, Values, spot_of
+from mechmm.engine.places import Ints, Places, Spot, Values, spot_of
 from mechmm.engine.record import Recording, record, resumes
-from mechmm.engine.rerun import Rerun, Trials
+from mechmm.engine.rerun import Rerun
+from mechmm.engine.shelf import Shelf
 from mechmm.engine.whole import Whole
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
-from mechmm.model.layout import PADDING, TEXT
+from mechmm.model.layout import PADDING, TEXT, TokenLayout
+
+Found = Iterator[tuple[Ints, Tensor]]
+"""Numbers of some trials, and their logits [trial, token, vocab or row]."""
 
 
 class Engine:
@@ -26,8 +33,14 @@ class Engine:
     Args:
         hooks: that trials may change.
         wanted: positions whose logits are read [batch, token]; None for an encoder.
-        rows: the only tokens whose logits are read [batch, token]; None: all.
-        tokens: of one forward pass, at most (more where one trial has more).
+        rows: the only tokens whose logits are read [batch, row]; None: all.
+        tokens: of one forward pass, at most (more where one trial has more); None: found by a
+            short trial.
+        shelf: where recorded activations are kept.
+        reuse: whether to record any.
+
+    Attributes:
+        recording: the run of the unchanged prompts.
     """
 
     def __init__(
@@ -36,143 +49,145 @@ class Engine:
         batch: Batch,
         hooks: Sequence[str],
         wanted: Int[Tensor, "batch token"] | None,
-        rows: Int[Tensor, "batch token"] | None = None,
-        tokens: int = 4096,
+        rows: Int[Tensor, "batch row"] | None = None,
+        *,
+        tokens: int | None = None,
+        shelf: Shelf | None = None,
+        reuse: bool = True,
     ) -> None:
-        self.model, self.batch, self.rows, self.tokens = model, batch, rows, tokens
+        self.model, self.batch, self.rows = model, batch, rows
         self.spots = {hook: spot_of(model, hook) for hook in dict.fromkeys(hooks)}
         with torch.no_grad():
-            self.recording = record(model, batch, wanted, hooks, self._frozen_towers())
-            resumed = resumes(model) and wanted is not None
-            self.head = head_of(model, self.recording, rows) if resumed else None
+            towers = self._frozen_towers() if reuse else []
+            found = record(model, batch, wanted, hooks if reuse else [], towers, blocks=reuse)
+            self.head = head_of(model, found, rows) if found.blocks else None
+        self.recording: Recording = found.kept(shelf or Shelf())
+        self.tokens = tokens if tokens is not None else calibrated(model, self.recording)
 
     def _frozen_towers(self) -> list[str]:
         """Towers whose recorded blocks stand in for them: all that some change comes behind."""
         ours = not resumes(self.model)
         others = [spot for spot in self.spots.values() if ours or spot.tower != LANGUAGE]
-        if not others:
-            return []
-        last = max(others).stage
-        return [n for i, n in enumerate(self.model.towers) if 2 * i <= last]
-
-    @cached_property
-    def size(self) -> int:
-        """Positions of one copy of the batch in the language model and the towers together."""
-        media = sum(view.positions for media in self.batch.layout.media for m in media for view in m.views)
-        return max(self.batch.input_ids.numel() + media, 1)
+        last = max(others).stage if others else -1
+        return [name for i, name in enumerate(self.model.towers) if 2 * i <= last]
 
     @property
     def base(self) -> Tensor:
-        """Logits of the unchanged prompts [batch, token, vocab or chosen]."""
-        logits = self.recording.logits
-        if self.rows is None:
-            return logits
-        return logits.gather(-1, self.rows[:, None].expand(-1, logits.shape[1], -1))
+        """Logits of the unchanged prompts [batch, token, vocab or row]."""
+        return chosen(self.recording.logits, self.rows)
 
     @torch.no_grad()
-    def run(self, places: Places, values: Values) -> Iterator[tuple[Ints, Tensor]]:
-        """Run all trials that change anything.
+    def run(self, places: Places, values: Values) -> Found:
+        """Run all trials that change anything, those that enter alike together.
 
-        Yields:
-            Numbers of some trials, and their logits [trial, token, vocab or chosen].
+        Where the device's memory does not hold a pass, passes are made half as large.
         """
         spots = [self.spots[hook] for hook in places.hooks]
-        by_language = np.array([self._resumable(spot) for spot in spots])
-        elsewhere = np.zeros(len(places.prompts), dtype=bool)
-        elsewhere[places.trial[~by_language[places.hook]]] = True
-        there = np.zeros(len(places.prompts), dtype=bool)
+        resumed = np.array([self._resumable(spot) for spot in spots])
+        there, elsewhere = (np.zeros(len(places.prompts), dtype=bool) for _ in range(2))
         there[places.trial] = True
-        if (there & ~elsewhere).any():
-            yield from self._resume(places, spots, values, np.flatnonzero(there & ~elsewhere))
+        elsewhere[places.trial[~resumed[places.hook]]] = True
+        rerun = None
+        if self.head is not None:
+            rerun = Rerun(self.model, self.recording, places, spots, values, self.head)
+            yield from self._resume(rerun, np.flatnonzero(there & ~elsewhere))
         if elsewhere.any():
-            yield from self._begin(places, spots, values, np.flatnonzero(elsewhere))
+            whole = Whole(self.model, self.recording, places, spots, values)
+            yield from self._begin(whole, rerun, np.flatnonzero(elsewhere))
 
     def _resumable(self, spot: Spot) -> bool:
         return self.head is not None and spot.tower == LANGUAGE and spot.layer >= 0
 
-    def _resume(
-        self, places: Places, spots: list[Spot], values: Values, trials: Ints
-    ) -> Iterator[tuple[Ints, Tensor]]:
+    def _resume(self, rerun: Rerun, trials: Ints) -> Found:
         """Trials that change the language model alone."""
-        assert self.head is not None
-        rerun = Rerun(self.model, self.recording, places, spots, values, self.head)
-        entering = rerun.trials(trials)
+        entering = rerun.entries.trials(trials)
         order = np.lexsort((entering.start, entering.entry, entering.layer))
-        sizes = rerun.weights(entering, places.prompts[trials])[order]
-        for chunk in chunks(sizes, self.tokens):
-            own = order[chunk]
-            part = Trials(entering.layer[own], entering.entry[own], entering.start[own])
-            yield trials[own], rerun.run(trials[own], part)
-
-    def _begin(
-        self, places: Places, spots: list[Spot], values: Values, trials: Ints
-    ) -> Iterator[tuple[Ints, Tensor]]:
-        """Trials that change something before the language model, or a model of another kind."""
-        whole = Whole(self.model, self.recording, places, spots, values)
-        towards = self._towards
-        rerun = None
-        if towards:
-            assert self.head is not None
-            rerun = Rerun(self.model, self.recording, places, spots, values, self.head)
-        for copies in self._copies(places, spots, trials):
-            found = whole.run(copies, towards)
-            copy, prompt = np.nonzero(copies >= 0)
-            numbers, rows = copies[copy, prompt], copy * copies.shape[1] + prompt
-            if rerun is None:
-                found = found[torch.as_tensor(rows, device=found.device)]
-                yield numbers, found if self.rows is None else self._chosen(found, prompt)
+        sizes, done = rerun.entries.sizes(entering)[order], 0
+        while done < len(order):
+            count = fitting(sizes[done:], self.tokens)
+            own = order[done : done + count]
+            try:
+                logits = rerun.run(trials[own], entering.part(own))
+            except torch.OutOfMemoryError:
+                self._halve(count)
                 continue
-            first = np.minimum(self._first_seen[prompt], rerun.embedded(numbers))
-            start = rerun.starts[prompt, first]
-            zeros = np.zeros_like(numbers)
-            entering = Trials(zeros, np.full_like(zeros, Entry.WHOLE), start, (found, rows))
-            yield numbers, rerun.run(numbers, entering)
+            yield trials[own], logits
+            done += count
 
-    def _chosen(self, logits: Tensor, prompts: Ints) -> Tensor:
-        assert self.rows is not None
-        rows = self.rows[torch.as_tensor(prompts, device=logits.device)]
-        return logits.gather(-1, rows[:, None].expand(-1, logits.shape[1], -1))
+    def _begin(self, whole: Whole, rerun: Rerun | None, trials: Ints) -> Found:
+        """Trials that change something before the language model, or a model of another kind."""
+        copies, done = self._copies(whole, trials), 0
+        while done < len(copies):
+            count = max(1, self.tokens // self.size)
+            own = copies[done : done + count]
+            copy, prompt = np.nonzero(own >= 0)
+            rows = copy * own.shape[1] + prompt
+            try:
+                logits = self._whole(whole, rerun, own, rows)
+            except torch.OutOfMemoryError:
+                self._halve(len(own))
+                continue
+            yield own[copy, prompt], logits
+            done += count
 
-    @property
-    def _towards(self) -> bool:
-        """Whether a run through the towers may end where the language model begins."""
-        return self.head is not None and not self.model.family.deepstack(self.model.config)
+    def _whole(self, whole: Whole, rerun: Rerun | None, copies: Ints, rows: Ints) -> Tensor:
+        """Logits of trials in a larger batch, which stand in some of its rows."""
+        numbers, prompts = copies.flatten()[rows], rows % copies.shape[1]
+        if rerun is None or self.model.family.deepstack(self.model.config):
+            found = whole.run(copies)
+            found = found[torch.as_tensor(rows, device=found.device)]
+            own = None if self.rows is None else self.rows[torch.as_tensor(prompts)]
+            return chosen(found, own)
+        entering = rerun.entries.embedded(numbers, first_seen(self.batch.layout))
+        stream = whole.run(copies, towards=True)
+        return rerun.run(numbers, replace(entering, enters=(stream, rows)))
+
+    def _halve(self, together: int) -> None:
+        """Make passes half as large; what does not fit alone cannot be run."""
+        if together == 1:
+            raise torch.OutOfMemoryError(
+                "one trial alone does not fit into the device's memory; free some, or load the "
+                "model in a smaller dtype"
+            )
+        torch.cuda.empty_cache()
+        self.tokens = max(1, self.tokens // 2)
 
     @cached_property
-    def _first_seen(self) -> Ints:
-        """The first position of a medium in every prompt."""
-        seen = ((self.batch.layout.modality != TEXT) & (self.batch.layout.modality != PADDING)).int()
-        first = seen.argmax(-1)
-        return first.numpy()
+    def size(self) -> int:
+        """Positions of one copy of the batch in the language model and the towers together."""
+        return max(self.batch.input_ids.numel() + seen_positions(self.batch.layout), 1)
 
-    def _copies(self, places: Places, spots: list[Spot], trials: Ints) -> Iterator[Ints]:
+    def _copies(self, whole: Whole, trials: Ints) -> Ints:
         """Trials as copies of the batch [copy, prompt], those that begin alike together."""
-        numbers = sorted(range(len(spots)), key=lambda number: spots[number])
-        rank = np.empty(len(spots), np.int64)
-        rank[numbers] = np.arange(len(spots))
+        places, spots = whole.places, whole.spots
+        ranks = np.argsort(sorted(range(len(spots)), key=lambda number: spots[number]))
         first = np.full(len(places.prompts), len(spots))
-        np.minimum.at(first, places.trial, rank[places.hook])
+        np.minimum.at(first, places.trial, ranks[places.hook])
         ordered = trials[np.argsort(first[trials], kind="stable")]
         prompts = places.prompts[ordered]
         if self.model.family.output == "logits_per_image":  # every image meets every text
             copies = np.full((len(ordered), len(self.batch)), -1)
             copies[np.arange(len(ordered)), prompts] = ordered
-        else:
-            columns = [ordered[prompts == prompt] for prompt in range(len(self.batch))]
-            copies = np.full((max(map(len, columns)), len(columns)), -1)
-            for prompt, column in enumerate(columns):
-                copies[: len(column), prompt] = column
-        together = max(1, self.tokens // self.size)
-        yield from np.split(copies, range(together, len(copies), together))
+            return copies
+        columns = [ordered[prompts == prompt] for prompt in range(len(self.batch))]
+        copies = np.full((max(map(len, columns)), len(columns)), -1)
+        for prompt, column in enumerate(columns):
+            copies[: len(column), prompt] = column
+        return copies
 
 
-def chunks(sizes: Ints, most: int) -> Iterator[slice]:
-    """Runs of entries whose sizes sum up to `most` at most, or hold one entry."""
-    start, total = 0, 0
-    for i, size in enumerate(sizes.tolist()):
-        if i > start and total + size > most:
-            yield slice(start, i)
-            start, total = i, 0
-        total += size
-    if len(sizes):
-        yield slice(start, len(sizes))
+def seen_positions(layout: TokenLayout) -> int:
+    """Positions of all media in their towers."""
+    media = [medium for prompt in layout.media for medium in prompt]
+    return sum(medium.tower_rows * medium.tower_positions for medium in media)
+
+
+def first_seen(layout: TokenLayout) -> Ints:
+    """The first position of a medium in every prompt, or the first of all."""
+    seen = (layout.modality != TEXT) & (layout.modality != PADDING)
+    return seen.int().argmax(-1).numpy()
+
+
+def fitting(sizes: Ints, most: int) -> int:
+    """How many entries sum up to `most` at most; at least one."""
+    return max(1, int(np.searchsorted(sizes.cumsum(), most, side="right")))

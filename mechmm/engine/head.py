@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from mechmm.data.metrics import chosen
 from mechmm.engine.record import Recording
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -67,9 +68,7 @@ def head_of(
     there = torch.arange(len(wanted), device=wanted.device)[:, None]
     stream = recording.stream(len(recording.blocks))[there, wanted].flatten(0, 1)[None]
     at = torch.arange(wanted.numel(), device=wanted.device).view(wanted.shape)
-    real = recording.logits
-    if rows is not None:
-        real = real.gather(-1, rows[:, None].expand(-1, real.shape[1], -1))
+    real = chosen(recording.logits, rows)
     caps = [None, getattr(tower.config, "final_logit_softcapping", None)]
     for cap in dict.fromkeys(caps):
         head = Head(tower, unembed, cap, rows)

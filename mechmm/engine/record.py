@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mechmm.engine.freeze import first_of
+from mechmm.data.metrics import logits_at
+from mechmm.engine.freeze import first_of, with_first
 from mechmm.engine.places import QUERY_ROWS
+from mechmm.engine.shelf import Shelf
 from mechmm.model.attention import States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
@@ -51,6 +53,13 @@ class Block:
     causal: bool = True
     added: Tensor | None = None
 
+    def kept(self, shelf: Shelf) -> Block:
+        """The same block, its activations where a shelf keeps them."""
+        names = ("stream", "keys", "values", "added")
+        there = {name: value for name in names if (value := getattr(self, name)) is not None}
+        found = shelf.put({**there, "attn": first_of(self.attn)})
+        return replace(self, **{**found, "attn": with_first(self.attn, found["attn"])})
+
 
 @dataclass
 class Recording:
@@ -74,6 +83,13 @@ class Recording:
     blocks: list[Block] = field(default_factory=list)
     end: Tensor | None = None
 
+    def kept(self, shelf: Shelf) -> Recording:
+        """The same recording, its activations where a shelf keeps them."""
+        hooks = shelf.put(self.hooks)
+        blocks = [block.kept(shelf) for block in self.blocks]
+        end = None if self.end is None else shelf.put({"end": self.end})["end"]
+        return replace(self, hooks=hooks, blocks=blocks, end=end)
+
     def stream(self, layer: int) -> Tensor:
         """What entered a block, or left the last one [batch, pos, d_model]."""
         if layer < len(self.blocks):
@@ -88,6 +104,8 @@ def record(
     wanted: Int[Tensor, "batch token"] | None,
     hooks: Sequence[str],
     towers: Sequence[str],
+    *,
+    blocks: bool = True,
 ) -> Recording:
     """Run the prompts once and keep what trials go on from.
 
@@ -96,22 +114,23 @@ def record(
         hooks: whose values are kept; those of scores and patterns by a run of their own, because
             attention that shows them computes otherwise.
         towers: whose blocks' outputs are kept.
+        blocks: whether to keep the language model's, where they can run some positions alone.
     """
     patterns = [hook for hook in hooks if hook.endswith(QUERY_ROWS)]
     kept = values(model, batch, patterns) if patterns else {}
-    blocks: list[Block] = []
+    called: list[Block] = []
     given = {name: _Outputs(model.towers[name]) for name in towers}
     with ExitStack() as stack:
         for outputs in given.values():
             stack.enter_context(outputs.listening())
-        if resumes(model):
-            blocks = stack.enter_context(_blocks(model.towers[LANGUAGE]))
+        if blocks and wanted is not None and resumes(model):
+            called = stack.enter_context(_blocks(model.towers[LANGUAGE]))
         stack.enter_context(model.hooks(fwd_hooks=_keeping(kept, set(hooks) - set(patterns))))
-        logits = read(model, batch, wanted)
-    _note_additions(blocks)
-    end = first_of(blocks[-1].gave) if blocks else None
+        logits = model(batch) if wanted is None else logits_at(model, batch, wanted)
+    _note_additions(called)
+    end = first_of(called[-1].gave) if called else None
     found = {name: o.found for name, o in given.items() if o.once}
-    return Recording(batch, wanted, logits, kept, found, blocks, end)
+    return Recording(batch, wanted, logits, kept, found, called, end)
 
 
 def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[str, Tensor]:
@@ -133,18 +152,6 @@ def resumes(model: HookedMultimodal) -> bool:
         and LANGUAGE in model.towers
         and not model.config.is_encoder_decoder
     )
-
-
-def read(
-    model: Callable[..., Tensor], batch: Batch, wanted: Int[Tensor, "batch token"] | None
-) -> Tensor:
-    """Logits at some positions [batch, token, vocab], or all that an encoder gives."""
-    if wanted is None:
-        return model(batch)
-    first = int(wanted.min())
-    logits = model(batch, logits_to_keep=batch.input_ids.shape[1] - first)
-    rows = torch.arange(len(batch), device=logits.device)
-    return logits[rows[:, None], (wanted - first).to(logits.device)]
 
 
 def _keep(kept: dict[str, Tensor], value: Tensor, hook: Any) -> None:
@@ -188,7 +195,8 @@ def _blocks(tower: Tower) -> Iterator[list[Block]]:
         found.append(Block(stream, options))
 
     def behind(module: nn.Module, args: tuple, output: Any) -> None:
-        found[-1].attn = output
+        lone = isinstance(output, Tensor)
+        found[-1].attn = output if lone else (output[0], *[None] * (len(output) - 1))
 
     def last(module: nn.Module, args: tuple, output: Any) -> None:
         found[-1].gave = output
@@ -236,35 +244,3 @@ def _note_additions(blocks: list[Block]) -> None:
 def _remove(handles: list[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
-
-
-def reach(block: Block, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """The last position that every query sees; padding sees nothing."""
-    count = real.shape[1]
-    own = torch.arange(count, device=real.device).expand(len(real), -1)
-    if block.mask is None:
-        seen = own if block.causal else torch.full_like(own, count - 1)
-    else:
-        visible = block.mask[:, 0] if block.mask.dtype == torch.bool else block.mask[:, 0] == 0
-        visible = visible & real[:, None, :]
-        seen = torch.where(visible, own[:, None, :], -1).amax(-1).expand(len(real), -1)
-    return seen.where(real, -1)
-
-
-def starts(recording: Recording, real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
-    """For every position the first one that a change there can reach, in any block.
-
-    Positions before it see neither it nor anything behind it.
-    """
-    seen = torch.stack([reach(block, real) for block in recording.blocks]).amax(0)
-    count = real.shape[1]
-    before = seen.cummax(1).values.roll(1, 1)
-    before[:, 0] = -1
-    own = torch.arange(count, device=real.device).expand(len(real), -1)
-    return own.where(before < own, -1).cummax(1).values.clamp(min=0)
-
-
-def seen_by(recording: Recording, layer: int) -> Float[Tensor, "batch query key"] | None:
-    """The mask of a block as attention used it, or None for causal attention."""
-    mask = recording.blocks[layer].mask
-    return None if mask is None else mask[:, 0]

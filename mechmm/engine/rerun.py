@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,34 +21,17 @@ from torch import Tensor, nn
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
 from mechmm.engine.head import Head
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Places, Spot, Values, halves, index
-from mechmm.engine.record import Recording, starts
+from mechmm.engine.record import Recording
+from mechmm.engine.shelf import pick
 from mechmm.engine.tokens import Reenter, Tokens
+from mechmm.engine.trials import Entries, Trials, starts
 from mechmm.model.attention import reentering
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
 STREAM = ("hook_resid_pre", "hook_resid_post")
 """Hooks on what enters and leaves a block, which are written without a hook."""
-SUMS = ("hook_z", "hook_result", "hook_mlp_out", "hook_deepstack", "hook_resid_post")
-"""Hooks whose change is added to what is known behind them."""
 BEFORE_KEYS = ("ln1.", "attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
 """Hooks whose change reaches other positions within the block."""
-
-
-@dataclass(frozen=True, eq=False)
-class Trials:
-    """Where every trial enters the language model.
-
-    Attributes:
-        layer, entry: [trial].
-        start: first position that it can change [trial].
-        enters: stream with which trials that come from another tower enter at block 0, and the
-            row of every trial in it, or None.
-    """
-
-    layer: Ints
-    entry: Ints
-    start: Ints
-    enters: tuple[Tensor, Ints] | None = None
 
 
 class Rerun:
@@ -67,57 +49,13 @@ class Rerun:
         self.model, self.recording, self.places, self.values = model, recording, places, values
         self.tower, self.head = model.towers[LANGUAGE], head
         self.last = len(recording.blocks) - 1
-        ours = [spot.tower == LANGUAGE for spot in spots]
-        self.layers = np.where(ours, [spot.layer for spot in spots], -2)
-        self.entries = np.array([int(spot.entry) for spot in spots], dtype=np.int64)
-        self.names = np.array([name.rpartition(".")[2] for name in places.hooks])
         assert recording.wanted is not None
         self.wanted = recording.wanted.cpu().numpy()
         self.device = recording.stream(0).device
         self.width = recording.stream(0).shape[1]
         real = recording.batch.attention_mask > 0
-        self.starts = starts(recording, real).cpu().numpy()
-
-    def trials(self, trials: Ints) -> Trials:
-        """Where some trials enter, by the places that they change in the language model."""
-        places = self.places
-        count, own = len(places.prompts), places.of(trials)
-        trial, hook = places.trial[own], places.hook[own]
-        order = self.layers[hook] * len(Entry) + self.entries[hook]
-        first = np.full(count, np.iinfo(np.int64).max)
-        np.minimum.at(first, trial, order)
-        position = np.full(count, self.width)
-        np.minimum.at(position, trial, places.position[own])
-        prompts = places.prompts[trials]
-        position = np.minimum(position[trials], self.wanted[prompts].min(1))
-        layer, entry = np.divmod(first[trials], len(Entry))
-        entry[self._several(own, layer, entry, trials)] = Entry.WHOLE
-        entry[layer > self.last] = Entry.END
-        layer = layer.clip(max=self.last)
-        return Trials(layer, entry, self.starts[prompts, position])
-
-    def _several(self, own: Ints, layer: Ints, entry: Ints, trials: Ints) -> np.ndarray:
-        """Which trials change several hooks at their entry, where each would undo the other."""
-        places, count = self.places, len(self.places.prompts)
-        at, kind = np.full(count, -1), np.full(count, -1)
-        at[trials], kind[trials] = layer, entry
-        trial, hook = places.trial[own], places.hook[own]
-        sums = np.isin(self.names, SUMS)[hook] & (self.layers[hook] == at[trial])
-        sums &= self.entries[hook] == kind[trial]
-        pairs = np.unique(np.stack([trial[sums], hook[sums]]), axis=1)
-        return (np.bincount(pairs[0], minlength=count) > 1)[trials]
-
-    def embedded(self, trials: Ints) -> Ints:
-        """The first position that some trials change before the blocks, or the last of all."""
-        places = self.places
-        first = np.full(len(places.prompts), self.width - 1)
-        own = (self.layers == -1)[places.hook]
-        np.minimum.at(first, places.trial[own], places.position[own])
-        return first[trials]
-
-    def weights(self, trials: Trials, prompts: Ints) -> Ints:
-        """Tokens of every trial."""
-        return np.where(trials.layer >= self.last, 1, self.width - trials.start)
+        reached = starts(recording.blocks, real).cpu().numpy()
+        self.entries = Entries.of(places, spots, reached, self.wanted, self.last)
 
     def run(self, numbers: Ints, trials: Trials) -> Float[Tensor, "trial token vocab"]:
         """The logits of some trials after the positions that are read.
@@ -339,9 +277,8 @@ class _Chunk:
         row = np.full(len(self.prompts), -1)
         row[numbers] = np.arange(len(numbers))
         block = self.recording.blocks[layer]
-        options = {
-            name: _by_trial(value, name, len(numbers)) for name, value in whole.options(block).items()
-        }
+        count = len(numbers)
+        options = {k: _by_trial(v, k, count) for k, v in whole.options(block).items()}
         if block.mask is not None:
             own = self.prompts[numbers] if len(block.mask) > 1 else np.zeros_like(numbers)
             options["attention_mask"] = block.mask[whole.tensor(own)]
@@ -376,15 +313,13 @@ class _Chunk:
 
     def _changed(self, layer: int, numbers: Ints) -> Tokens:
         """The positions that trials change in one block."""
-        there = np.isin(self.trial, numbers) & (self.of.layers[self.hook] == layer)
+        there = np.isin(self.trial, numbers) & (self.of.entries.layers[self.hook] == layer)
         both = np.unique(self.trial[there] * self.of.width + self.position[there])
         trial, position = np.divmod(both, self.of.width)
         return self._tokens(trial, position)
 
     @staticmethod
-    def _with(
-        tokens: Tokens, hidden: Tensor, own: Tokens, stream: Tensor
-    ) -> tuple[Tokens, Tensor]:
+    def _with(tokens: Tokens, hidden: Tensor, own: Tokens, stream: Tensor) -> tuple[Tokens, Tensor]:
         return tokens.joined(own), torch.cat([hidden, stream], dim=1)
 
     # Changes ---------------------------------------------------------------------------------
@@ -394,13 +329,14 @@ class _Chunk:
         return [
             (self.of.places.hooks[number], np.flatnonzero(self.hook == number))
             for number in np.unique(self.hook)
-            if self.of.layers[number] == layer and self.of.names[number] == name
+            if self.of.entries.layers[number] == layer and self.of.entries.names[number] == name
         ]
 
     def _new(self, hook: str, tensor: Tensor, at: Ints) -> tuple[Tensor, Tensor]:
         """What recorded places hold and what they shall hold."""
         places = self.of.places.chosen(self.places[at])
-        now = tensor[index(hook, places.row, places.position, places.part, tensor.device)]
+        where = index(hook, places.row, places.position, places.part, tensor.device)
+        now = pick(tensor, *where, device=self.of.device)
         return now, self.of.values(hook, self.places[at], now).to(now)
 
     def _write(self, layer: int, name: str, tokens: Tokens, hidden: Tensor) -> Tensor:
@@ -426,7 +362,7 @@ class _Chunk:
 
     def _inside(self, number: int, layer: int, only: tuple[str, ...]) -> bool:
         hook = self.of.places.hooks[number]
-        if self.of.layers[number] != layer or hook.endswith(STREAM):
+        if self.of.entries.layers[number] != layer or hook.endswith(STREAM):
             return False
         rest = hook.removeprefix(f"blocks.{layer}.")
         return (not only or rest.startswith(only)) and bool((self.hook == number).any())

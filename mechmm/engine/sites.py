@@ -1,24 +1,24 @@
 """The table of places that an experiment touches: one row per site, both towers in one table.
 
-A site is a hook, which of its heads (or all), and which positions: a span of the layout, one
-position, or as many random ones (the null). Positions of the language model count from the first
-token of a prompt that is not padding, negative ones from its end; positions of the vision tower
-count its own sequence; those of the projector the tokens of an image.
+A site is a hook, which of its heads or neurons (or all), and which positions: a span of the
+layout, one position, or as many random ones (the null). Positions of the language model count from
+the first token of a prompt that is not padding, negative ones from its end; positions of the vision
+tower count its own sequence; those of the projector the tokens of an image.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
-from mechmm.model.layout import PADDING, TokenLayout
 
-COLUMNS = ("hook", "tower", "layer", "kind", "head", "span", "position", "count")
+COLUMNS = ("hook", "tower", "layer", "kind", "head", "neuron", "span", "position", "count")
+NUMBERS = ("layer", "head", "neuron", "position", "count")
 TEXT_SPANS = ("text", "question", "last", "before_image")
 RANDOM = "random "
 READING = (LANGUAGE, "encoder", "text")
@@ -33,8 +33,8 @@ class Sites:
 
     Attributes:
         table: one row per site with the columns hook, tower, layer (missing for the projector),
-            kind (`resid_pre`, `head`, ...), head (missing: all), span (empty: see position),
-            position (missing: see span), count (of random positions, else missing).
+            kind (`resid_pre`, `head`, ...), head and neuron (missing: all), span (empty: see
+            position), position (missing: see span), count (of random positions, else missing).
     """
 
     table: pd.DataFrame
@@ -59,9 +59,9 @@ class Sites:
 
 def _label(row) -> str:
     layer = "" if pd.isna(row.layer) else f" layer {row.layer}"
-    head = "" if pd.isna(row.head) else f" {row.head}"
+    part = "".join(f" {number}" for number in (row.head, row.neuron) if not pd.isna(number))
     place = row.span or f"position {row.position}"
-    return f"{row.tower}{layer} {row.kind}{head}, {place}"
+    return f"{row.tower}{layer} {row.kind}{part}, {place}"
 
 
 def residual(
@@ -117,19 +117,59 @@ def heads(
     layers: Iterable[int] | None = None,
 ) -> Sites:
     """Every attention head's output (`hook_z`), by layer, head and span."""
+    return _per_head(model, "hook_z", "head", spans, towers, layers)
+
+
+def patterns(
+    model: HookedMultimodal,
+    spans: Sequence[str] = ("all",),
+    *,
+    towers: Sequence[str] | None = None,
+    layers: Iterable[int] | None = None,
+) -> Sites:
+    """Every attention head's pattern (`hook_pattern`), by layer, head and span of the queries."""
+    return _per_head(model, "hook_pattern", "pattern", spans, towers, layers)
+
+
+def _per_head(model, hook, kind, spans, towers, layers) -> Sites:
     rows = []
     for name in _towers(model, towers):
         tower = model.towers[name]
-        for layer in _layers(model, name, layers, "attn.hook_z"):
-            hook = f"{tower.prefix}blocks.{layer}.attn.hook_z"
-            if hook not in model.hook_dict:
+        for layer in _layers(model, name, layers, f"attn.{hook}"):
+            full = f"{tower.prefix}blocks.{layer}.attn.{hook}"
+            if full not in model.hook_dict:
                 continue
             rows += [
-                _row(hook, name, layer, "head", span, head=head)
+                _row(full, name, layer, kind, span, head=head)
                 for head in range(tower.heads(layer))
                 for span in _spans(name, spans)
             ]
-    return _table(rows)
+    return table_of(rows)
+
+
+def neurons(
+    model: HookedMultimodal,
+    neurons: Mapping[int, Sequence[int]],
+    spans: Sequence[str] = ("all",),
+    *,
+    tower: str = LANGUAGE,
+) -> Sites:
+    """Chosen neurons of MLPs (`mlp.hook_post`), by layer, neuron and span.
+
+    Args:
+        neurons: layer -> numbers of neurons.
+    """
+    (tower,) = _towers(model, [tower])
+    rows = []
+    for layer in _layers(model, tower, neurons, "mlp.hook_post"):
+        hook = f"{model.towers[tower].prefix}blocks.{layer}.mlp.hook_post"
+        model.check_names([hook])
+        rows += [
+            _row(hook, tower, layer, "neuron", span, neuron=int(neuron))
+            for neuron in neurons[layer]
+            for span in _spans(tower, spans)
+        ]
+    return table_of(rows)
 
 
 def patches(model: HookedMultimodal, *, layers: Iterable[int] | None = None) -> Sites:
@@ -151,7 +191,7 @@ def patches(model: HookedMultimodal, *, layers: Iterable[int] | None = None) -> 
 
 def projector(model: HookedMultimodal, spans: Sequence[str] = ("image",)) -> Sites:
     """The projector's output, by span of image positions."""
-    return _table(
+    return table_of(
         [
             _row(f"{prefix}.hook_out", prefix, None, "out", span)
             for prefix, row in model.family.projectors.items()
@@ -168,88 +208,6 @@ def _numbered(model: HookedMultimodal, prefix: str) -> list[str]:
     return [name.removesuffix(".hook_out") for name in names]
 
 
-def random_like(sites: Sites, layout: TokenLayout, n: int, seed: int = 0) -> Sites:
-    """The null: for each tower, kind and span, `n` sites with a random layer and head of that group
-    and random positions, as many as the span covers in the first prompt.
-
-    Their span reads `random object`, where `object` is the span that they stand beside.
-    """
-    rng = np.random.default_rng(seed)
-    rows = []
-    for (_, _, span), group in sites.table.groupby(["tower", "kind", "span"], sort=False):
-        count = len(places(group.iloc[0], layout, 0))
-        place = {"span": f"{RANDOM}{span}", "position": None, "count": count}
-        chosen = rng.integers(len(group), size=n) if count else []
-        rows += [{**group.iloc[int(index)].to_dict(), **place} for index in chosen]
-    return _table(rows)
-
-
-def places(
-    site: pd.Series, layout: TokenLayout, prompt: int, seed: int = 0
-) -> list[tuple[int, int]]:
-    """(row, position) of a site in its hook's tensor, for one prompt.
-
-    The row is the prompt for the language model, and the image, counted over the whole batch, for
-    the other towers.
-
-    Raises:
-        SpanError: for a span that the layout has not.
-        ValueError: for a position outside the sequence.
-    """
-    layout.refuse_two_kinds()
-    every = _everything(site.tower, layout, prompt)
-    if site.span.startswith(RANDOM):
-        rng = np.random.default_rng([seed, int(site.name or 0), prompt])
-        chosen = rng.choice(len(every), min(int(site["count"]), len(every)), replace=False)
-        return [every[int(i)] for i in sorted(chosen)]
-    if not pd.isna(site.position):
-        at = int(site.position)
-        if not -len(every) <= at < len(every):
-            raise ValueError(
-                f"position {at} is outside prompt {prompt}, which has {len(every)} positions in "
-                f"{site.hook}"
-            )
-        return [every[at]]
-    if site.tower in READING:
-        return [(prompt, position) for position in layout.positions(site.span, prompt)]
-    first = tower_rows(layout, prompt)
-    if site.tower in SEEING:
-        return [(first + i, p) for i, p in layout.vision_positions(site.span, prompt)]
-    projected = _projected(layout, prompt)
-    covered = (
-        {p for p, _ in projected} if site.span == "all" else layout.positions(site.span, prompt)
-    )
-    return [place for position, place in projected if position in set(covered)]
-
-
-def _everything(tower: str, layout: TokenLayout, prompt: int) -> list[tuple[int, int]]:
-    """Every (row, position) of a prompt in a tower or projector."""
-    if tower in READING:
-        real = (layout.modality[prompt] != PADDING).nonzero().flatten().tolist()
-        return [(prompt, position) for position in real]
-    if tower in SEEING:
-        first = tower_rows(layout, prompt)
-        return [(first + i, p) for i, p in layout.vision_positions("all", prompt)]
-    return [place for _, place in _projected(layout, prompt)]
-
-
-def _projected(layout: TokenLayout, prompt: int) -> list[tuple[int, tuple[int, int]]]:
-    """(position, (row, index)) of every projected token of a prompt."""
-    found, first = [], tower_rows(layout, prompt)
-    for number, medium in enumerate(layout.media[prompt]):
-        positions = (layout.image[prompt] == number).nonzero().flatten().tolist()
-        for position, place in zip(positions, medium.projected, strict=True):
-            if place is not None:
-                found.append((position, (first + place[0], place[1])))
-        first += medium.tower_rows
-    return found
-
-
-def tower_rows(layout: TokenLayout, prompts: int | None = None) -> int:
-    """Rows of the vision tower's batch that the first prompts take; default: all of them."""
-    return sum(medium.tower_rows for media in layout.media[:prompts] for medium in media)
-
-
 def _per_layer(model, hook, kind, spans, positions, towers, layers) -> Sites:
     rows = []
     for name in _towers(model, towers):
@@ -262,7 +220,7 @@ def _per_layer(model, hook, kind, spans, positions, towers, layers) -> Sites:
                 rows += [_row(full, name, layer, kind, "", position=p) for p in positions]
             else:
                 rows += [_row(full, name, layer, kind, span) for span in _spans(name, spans)]
-    return _table(rows)
+    return table_of(rows)
 
 
 def _towers(model: HookedMultimodal, towers: Sequence[str] | None) -> list[str]:
@@ -312,11 +270,12 @@ def _spans(tower: str, spans: Sequence[str]) -> list[str]:
     return [span for span in spans if tower in READING or span not in TEXT_SPANS]
 
 
-def _row(hook, tower, layer, kind, span, head=None, position=None) -> dict:
-    return dict(zip(COLUMNS, (hook, tower, layer, kind, head, span, position, None), strict=True))
+def _row(hook, tower, layer, kind, span, head=None, neuron=None, position=None) -> dict:
+    values = (hook, tower, layer, kind, head, neuron, span, position, None)
+    return dict(zip(COLUMNS, values, strict=True))
 
 
-def _table(rows: list[dict]) -> Sites:
+def table_of(rows: list[dict]) -> Sites:
+    """Sites from rows with the columns of the table."""
     table = pd.DataFrame(rows, columns=list(COLUMNS))
-    whole = {name: "Int64" for name in ("layer", "head", "position", "count")}
-    return Sites(table.astype(whole))
+    return Sites(table.astype({name: "Int64" for name in NUMBERS}))

@@ -1,290 +1,225 @@
-"""Many interventions over many pairs: the whole model again for every site, many copies a batch.
-
-A chunk of S sites over a batch of B pairs runs as S * B prompts; each hook point that the chunk
-touches gets one hook, which writes the new values of all its rows at once.
-"""
+"""Many interventions over many pairs: planned first, then run by the engine batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
-import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, prepared, score
-from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.sites import READING, Sites, places, tower_rows
-from mechmm.model.batch import Batch
+from mechmm.data.metrics import Answers, Metric, Reading, logit_diff, prepared, readings
+from mechmm.data.pairs import PairDataset
+from mechmm.engine.calibrate import DEFAULT
+from mechmm.engine.checks import check_function, check_metric, check_places, check_sites
+from mechmm.engine.compile import compiled
+from mechmm.engine.engine import Engine
+from mechmm.engine.located import located
+from mechmm.engine.places import Places, Values, halves, index
+from mechmm.engine.plan import Plan
+from mechmm.engine.shelf import Keep, Shelf, pick
+from mechmm.engine.sites import Sites
+from mechmm.engine.source import Donor, Source
 from mechmm.model.hooked import HookedMultimodal
 
-Source = Literal["clean", "corrupt", "zero", "mean", "resample"]
-"""Where the values that a site is set to come from: the pair's own clean or corrupt run; zero; the
-mean over all pairs and the site's positions in their clean runs; another pair's clean run."""
-
 Report = Callable[[int, int], None]
-"""Called with (forward passes done, forward passes in all)."""
+"""Called with (work done, work in all)."""
+TOGETHER = 4096
+"""Places that are compared at once."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep will run: plain data.
-
-    Attributes:
-        cells: sites times pairs.
-        passes: forward passes of the whole model.
-        rows: prompts per forward pass, at most.
-    """
-
-    cells: int
-    passes: int
-    rows: int
-
-
-@dataclass(frozen=True)
-class Edit:
-    """New values for some places of one hook's tensor.
+@dataclass(frozen=True, eq=False)
+class Swept:
+    """What a sweep found.
 
     Attributes:
-        rows, positions, heads: one entry per place; head -1: all heads.
-        values: [place, d] or [place, head, d_head].
+        values: the metric with a site changed [site, example], NaN where it was not reached.
+        base: the metric of the unchanged prompts [example].
+        complete: whether every cell was reached.
+        run: cells that took a run; the others hold exactly the baseline.
+        plan: what was planned.
     """
 
-    rows: Tensor
-    positions: Tensor
-    heads: Tensor
-    values: Tensor
-
-    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
-        """A TransformerLens hook that sets the places."""
-        tensor = tensor.clone()
-        for head in self.heads.unique().tolist():
-            at = self.heads == head
-            index = (self.rows[at], self.positions[at], *(() if head < 0 else (head,)))
-            values = self.values[at] if head < 0 else self.values[at, head]
-            tensor[index] = values.to(tensor)
-        return tensor
+    values: Float[Tensor, "site example"]
+    base: Float[Tensor, " example"]
+    complete: bool
+    run: int
+    plan: Plan
 
 
-def plan(pairs: PairDataset, sites: Sites, batch_size: int, tokens: int) -> Plan:
-    """What `sweep` will run for these arguments."""
-    sizes = [batch.clean.input_ids.shape for batch in pairs.batches(batch_size)]
-    copies = [_copies(prompts * positions, tokens) for prompts, positions in sizes]
-    passes = sum(-(-len(sites) // several) for several in copies)
-    rows = max(several * prompts for several, (prompts, _) in zip(copies, sizes, strict=True))
-    return Plan(len(sites) * len(pairs), passes, rows)
-
-
-def _copies(size: int, tokens: int) -> int:
-    """How many copies of a batch of `size` tokens run together."""
-    return max(1, tokens // size)
-
-
-@torch.no_grad()
-def sweep(
-    model: HookedMultimodal,
-    pairs: PairDataset,
-    sites: Sites,
-    metric: Metric,
-    *,
-    base: Literal["clean", "corrupt"],
-    source: Source,
-    seed: int = 0,
-    batch_size: int = 16,
-    tokens: int = 16_384,
-    report: Report | None = None,
-) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Sweep:
     """The metric of every pair with every site set to new values, one site at a time.
 
-    Args:
+    Attributes:
         base: which of a pair's prompts runs.
-        source: where the new values come from.
+        source: where the new values come from: a name, or a function of what is there.
         seed: of `resample` and of random sites.
-        batch_size: pairs that run together.
-        tokens: prompts times positions of one forward pass, at most.
+        batch_size: pairs that run together, at most.
+        tokens: of one forward pass, at most; None: found by a short trial on the model. The last
+            digits of results depend on it.
+        budget: bytes of recorded activations that may be kept at once; None: no limit.
+        keep: where they are kept: `"device"`, `"cpu"` or `"disk"`.
 
-    Returns:
-        [site, example], float32 on the CPU.
+    Raises:
+        ValueError: no sites; a site outside the model; an unknown source; a metric that does not
+            give one number per example; an intervention that gives another shape or dtype.
     """
-    done, total = 0, plan(pairs, sites, batch_size, tokens).passes
-    values = torch.empty(len(sites), len(pairs))
-    donor = _Donor(model, pairs, sites, source, seed, batch_size)
-    at = 0
-    for batch in pairs.batches(batch_size):
-        runs = batch.clean if base == "clean" else batch.corrupt
-        per_pass = _copies(runs.input_ids.numel(), tokens)
-        given = donor.values(batch, at)
-        answers = prepared(model, batch.clean, batch.answers, metric)
-        for start in range(0, len(sites), per_pass):
-            chunk = range(start, min(start + per_pass, len(sites)))
-            edits: list[Any] = list(_edits(sites.table, chunk, batch, given, seed))
-            with model.hooks(fwd_hooks=edits):
-                found = score(model, tile(runs, len(chunk)), answers.repeat(len(chunk)), metric)
-            values[start : chunk.stop, at : at + len(runs)] = (
-                found.float().cpu().view(len(chunk), len(runs))
-            )
-            done += 1
-            if report is not None:
-                report(done, total)
-        at += len(runs)
-    return values
+
+    model: HookedMultimodal
+    pairs: PairDataset
+    sites: Sites
+    metric: Metric = logit_diff
+    base: Literal["clean", "corrupt"] = "corrupt"
+    source: Source = "clean"
+    seed: int = 0
+    batch_size: int = 16
+    tokens: int | None = None
+    budget: int | None = None
+    keep: Keep = "device"
+
+    def __post_init__(self) -> None:
+        check_sites(self.model, self.sites)
+        check_function(self.model, self.sites, self.source)
+        check_metric(self.model, self.pairs, self.metric)
+
+    def plan(self) -> Plan:
+        """What will run, found without running anything.
+
+        Raises:
+            SpanError: a site's span that the pairs do not have.
+            ValueError: a position outside a prompt.
+        """
+        return compiled(self, self.tokens or DEFAULT)[0]
+
+    @torch.no_grad()
+    def run(self, report: Report | None = None) -> Swept:
+        """Run the plan. An interrupt from the keyboard ends it with what is finished.
+
+        Raises:
+            SpanError: a site's span that the pairs do not have.
+            ValueError: a position outside a prompt; spans of unequal size in the two prompts.
+            InterventionError: as `source.applied`.
+        """
+        run = _Run(self, report)
+        try:
+            run.all()
+        except KeyboardInterrupt:
+            return Swept(run.values, run.base, False, run.count, run.plan)
+        return Swept(run.values, run.base, True, run.count, run.plan)
 
 
-def tile(batch: Batch, times: int) -> Batch:
-    """A batch that holds every prompt `times` times, all prompts before the first repeats."""
-    extra = {k: _repeat(v, times) if isinstance(v, Tensor) else v for k, v in batch.extra.items()}
-    layout = batch.layout
-    tiled = replace(
-        layout,
-        modality=_repeat(layout.modality, times),
-        image=_repeat(layout.image, times),
-        view=_repeat(layout.view, times),
-        row=_repeat(layout.row, times),
-        column=_repeat(layout.column, times),
-        tokens=layout.tokens * times,
-        media=layout.media * times,
-        windows=layout.windows * times,
-        defined={name: _repeat(mask, times) for name, mask in layout.defined.items()},
-    )
-    return replace(
-        batch,
-        input_ids=_repeat(batch.input_ids, times),
-        attention_mask=_repeat(batch.attention_mask, times),
-        position_ids=None if batch.position_ids is None else _repeat(batch.position_ids, times),
-        extra=extra,
-        layout=tiled,
-        images=batch.images * times,
-    )
+class _Run:
+    """A sweep in progress."""
 
+    def __init__(self, sweep: Sweep, report: Report | None) -> None:
+        self.sweep, self.report = sweep, report
+        self.plan, self.reuse = compiled(sweep, sweep.tokens or DEFAULT)
+        self.values = torch.full((len(sweep.sites), len(sweep.pairs)), torch.nan)
+        self.base = torch.full((len(sweep.pairs),), torch.nan)
+        self.shelf, self.tokens = Shelf(sweep.keep), sweep.tokens
+        self.count, self.done, self.work = 0, 0.0, float(self.plan.flops.sum())
 
-def _repeat(tensor: Tensor, times: int) -> Tensor:
-    return tensor.repeat(times, *[1] * (tensor.ndim - 1))
+    def all(self) -> None:
+        """Every batch."""
+        sweep, size = self.sweep, self.plan.batch_size
+        donor = Donor(sweep.model, sweep.pairs, sweep.sites, sweep.source, sweep.seed, size)
+        for batch in sweep.pairs.batches(size):
+            base = getattr(batch, sweep.base)
+            places = located(sweep.sites, base.layout, sweep.seed)
+            check_places(sweep.sites, batch, sweep.seed)
+            answers = prepared(sweep.model, batch.clean, batch.answers, sweep.metric)
+            parts = readings(base, answers, sweep.metric)
+            self.batch(batch.indices, places, donor.values(batch, places), parts, answers)
 
+    def batch(
+        self,
+        indices: tuple[int, ...],
+        places: Places,
+        values: Values,
+        parts: list[Reading],
+        answers: Answers,
+    ) -> None:
+        """All cells of one batch; the metric is a sum over its readings."""
+        columns, sites = torch.tensor(indices), len(self.sweep.sites)
+        weights = self.plan.flops[:, list(indices)].flatten() / len(parts)
+        sums, base = torch.zeros(sites * len(indices)), torch.zeros(len(indices))
+        for number, part in enumerate(parts):
+            engine = self._engine(part, places)
+            if number == 0:
+                places, values = pruned(engine, places, values)
+            alone = part.reduce(engine.base, answers).float().cpu()
+            base += alone
+            sums += alone.repeat(sites)
+            last = number == len(parts) - 1
+            if last:
+                self._note(columns, places, sums, base)
+            before = alone.repeat(sites)
+            for trials, logits in engine.run(places, values):
+                own = torch.as_tensor(trials)
+                prompts = torch.as_tensor(places.prompts[trials], device=logits.device)
+                found = part.reduce(logits, answers[prompts]).float().cpu()
+                sums[own] += found - before[own]
+                if last:
+                    self.values[own // len(indices), columns[own % len(indices)]] = sums[own]
+                self._progress(weights[trials].sum())
+        skipped = np.setdiff1d(np.arange(len(weights)), places.trial)
+        self._progress(weights[skipped].sum() * len(parts))
 
-def cache(model: HookedMultimodal, batch: Batch, hooks: list[str]) -> dict[str, Tensor]:
-    """The activations of some hooks on one batch."""
-    _, found = model.run_with_cache(batch, names_filter=sorted(set(hooks)), logits_to_keep=1)
-    return dict(found.items())
-
-
-Given = Callable[[int, int, list[tuple[int, int]]], Tensor]
-"""(site, prompt, its places) -> the values to write there."""
-
-
-class _Donor:
-    """Finds the values that sites are set to."""
-
-    def __init__(self, model, pairs, sites, source: Source, seed: int, batch_size: int) -> None:
-        self.model, self.pairs, self.sites, self.source = model, pairs, sites, source
-        self.seed, self.hooks = seed, sites.table["hook"].unique().tolist()
-        self.constants = self._constants(batch_size) if source in ("zero", "mean") else []
-        others = np.random.default_rng(seed).permutation(len(pairs))
-        # A cycle through a random order: every pair gives once, to another pair.
-        self.other = dict(zip(others.tolist(), np.roll(others, 1).tolist(), strict=True))
-
-    def values(self, batch: PairBatch, start: int) -> Given:
-        """The values for the pairs of one batch."""
-        if self.source in ("clean", "corrupt"):
-            return self._own(batch)
-        if self.source == "resample":
-            return self._others(batch, start)
-        return self._constant
-
-    def _own(self, batch: PairBatch) -> Given:
-        found = cache(self.model, getattr(batch, self.source), self.hooks)
-        hooks = self.sites.table["hook"].to_list()
-
-        def given(site: int, prompt: int, where: list[tuple[int, int]]) -> Tensor:
-            rows, positions = zip(*where, strict=True)
-            return found[hooks[site]][list(rows), list(positions)]
-
-        return given
-
-    def _constant(self, site: int, prompt: int, where: list[tuple[int, int]]) -> Tensor:
-        value = self.constants[site]
-        return value.expand(len(where), *value.shape)
-
-    def _others(self, batch: PairBatch, start: int) -> Given:
-        chosen = [self.other[start + i] for i in range(len(batch.clean))]
-        donors = next(iter(self.pairs[chosen].batches(len(chosen)))).clean
-        found = cache(self.model, donors, self.hooks)
-        table = self.sites.table
-
-        def given(site: int, prompt: int, where: list[tuple[int, int]]) -> Tensor:
-            row = table.iloc[site]
-            theirs = places(row, donors.layout, prompt, self.seed)
-            if not theirs:
-                raise ValueError(
-                    f"pair {chosen[prompt]} has no position in span {row.span!r} to resample from; "
-                    "use another ablation or drop the pair"
-                )
-            picked = [theirs[i * len(theirs) // len(where)] for i in range(len(where))]
-            rows, positions = zip(*picked, strict=True)
-            return found[row.hook][list(rows), list(positions)]
-
-        return given
-
-    def _constants(self, batch_size: int) -> list[Tensor]:
-        """Per site, zero or the mean over all pairs and the site's positions of the clean run."""
-        if self.source == "zero":
-            shapes = self._shapes(batch_size)
-            return [torch.zeros(shapes.get(hook, ())) for hook in self.sites.table["hook"]]
-        sums: list[Any] = [0.0] * len(self.sites)
-        counts = [0] * len(self.sites)
-        for batch in self.pairs.batches(batch_size):
-            found = cache(self.model, batch.clean, self.hooks)
-            for site, (_, row) in enumerate(self.sites.table.iterrows()):
-                for prompt in range(len(batch.clean)):
-                    where = places(row, batch.clean.layout, prompt, self.seed)
-                    if where:
-                        rows, positions = zip(*where, strict=True)
-                        values = found[row.hook][list(rows), list(positions)]
-                        sums[site] = sums[site] + values.double().sum(0)
-                        counts[site] += len(where)
-        pairs = zip(sums, counts, strict=True)
-        return [torch.as_tensor(total / max(count, 1)) for total, count in pairs]
-
-    def _shapes(self, batch_size: int) -> dict[str, torch.Size]:
-        """What one place of each hook holds; a tower fires only where there are images."""
-        shapes: dict[str, torch.Size] = {}
-        for batch in self.pairs.batches(batch_size):
-            found = cache(self.model, batch.clean, self.hooks)
-            shapes |= {hook: value.shape[2:] for hook, value in found.items()}
-            if len(shapes) == len(self.hooks):
-                break
-        return shapes
-
-
-def _edits(
-    table: pd.DataFrame, chunk: range, batch: PairBatch, given: Given, seed: int
-) -> Iterator[tuple[str, Edit]]:
-    """One edit per hook point that the sites of a chunk touch."""
-    layout, n_prompts = batch.clean.layout, len(batch.clean)
-    n_images = tower_rows(layout)
-    parts: dict[str, list[tuple[int, int, int, Tensor]]] = {}
-    for copy, site in enumerate(chunk):
-        row = table.iloc[site]
-        per_copy = n_prompts if row.tower in READING else n_images
-        head = -1 if pd.isna(row["head"]) else int(row["head"])
-        for prompt in range(n_prompts):
-            where = places(row, layout, prompt, seed)
-            if where:
-                values = given(site, prompt, where)
-                parts.setdefault(row.hook, []).extend(
-                    (copy * per_copy + r, p, head, v)
-                    for (r, p), v in zip(where, values, strict=True)
-                )
-    for hook, found in parts.items():
-        rows, positions, heads, values = zip(*found, strict=True)
-        yield (
-            hook,
-            Edit(
-                torch.tensor(rows),
-                torch.tensor(positions),
-                torch.tensor(heads),
-                torch.stack(values),
-            ),
+    def _engine(self, part: Reading, places: Places) -> Engine:
+        engine = Engine(
+            self.sweep.model,
+            part.batch,
+            places.hooks,
+            part.places,
+            part.rows,
+            tokens=self.tokens,
+            shelf=self.shelf,
+            reuse=self.reuse,
         )
+        self.tokens = engine.tokens
+        return engine
+
+    def _note(self, columns: Tensor, places: Places, sums: Tensor, base: Tensor) -> None:
+        """Fill in the baseline, and the cells that take no run: they hold exactly that."""
+        self.base[columns] = base
+        known = torch.ones(len(sums), dtype=torch.bool)
+        known[torch.as_tensor(places.trial)] = False
+        self.count += int((~known).sum())
+        known = known.view(-1, len(columns))
+        sites, prompts = known.nonzero(as_tuple=True)
+        self.values[sites, columns[prompts]] = sums.view(known.shape)[known]
+
+    def _progress(self, work: float) -> None:
+        self.done += work
+        if self.report is not None:
+            self.report(round(self.done / 1e6), max(1, round(self.work / 1e6)))
+
+
+def pruned(engine: Engine, places: Places, values: Values) -> tuple[Places, Values]:
+    """The places that are given another value than they have, and their values."""
+    kept = np.flatnonzero(unlike(engine, places, values))
+    return places.chosen(kept), lambda hook, at, now: values(hook, kept[at], now)
+
+
+def unlike(engine: Engine, places: Places, values: Values) -> np.ndarray:
+    """Which places are given another value than they have [place]; all where none is recorded."""
+    keep = np.ones(len(places), dtype=bool)
+    device = engine.model.device
+    for number, hook in enumerate(places.hooks):
+        base = engine.recording.hooks.get(hook)
+        if base is None:
+            continue
+        at = np.flatnonzero(places.hook == number)
+        for half in halves(places.part[at]):
+            own = at[half]
+            for part in np.split(own, range(TOGETHER, len(own), TOGETHER)):
+                there = places.chosen(part)
+                where = index(hook, there.row, there.position, there.part, base.device)
+                now = pick(base, *where, device=device)
+                new = values(hook, part, now).to(now)
+                keep[part] = (new != now).flatten(1).any(1).cpu().numpy()
+    return keep

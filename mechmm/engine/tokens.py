@@ -19,6 +19,7 @@ from torch import Tensor
 from mechmm.engine.freeze import Halt
 from mechmm.engine.places import Ints
 from mechmm.engine.record import BY_TOKEN, Block
+from mechmm.engine.shelf import pick
 from mechmm.model.attention import States
 
 
@@ -62,7 +63,7 @@ class Tokens:
 
     def of(self, recorded: Tensor) -> Tensor:
         """The values of a recorded tensor [batch, pos, ...] for every token [1, token, ...]."""
-        return recorded[self.index][None]
+        return pick(recorded, *self.index, device=self.device)[None]
 
     def joined(self, other: Tokens) -> Tokens:
         """These tokens and others behind them."""
@@ -180,7 +181,8 @@ class Reenter:
         assert recorded is not None
         tokens = self.tokens
         if self.known is None:
-            recorded = recorded[tokens.tensor(tokens.prompts[tokens.trials])]
+            prompts = torch.as_tensor(tokens.prompts[tokens.trials])
+            recorded = pick(recorded, prompts, device=tokens.device)
         recorded[tokens.slots[0], :, tokens.index[1]] = own[0].transpose(0, 1)
         return recorded
 

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
 from mechmm.engine.places import Ints, Places, Spot, Values, halves, index
-from mechmm.engine.record import Recording, read
+from mechmm.engine.record import Recording
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -37,7 +38,7 @@ class Whole:
         self.model, self.recording, self.places, self.values = model, recording, places, values
         self.spots, self.prompts = spots, len(recording.batch)
 
-    def run(self, copies: Ints, towards: bool) -> Tensor:
+    def run(self, copies: Ints, towards: bool = False) -> Tensor:
         """Run trials together.
 
         Args:
@@ -56,10 +57,11 @@ class Whole:
         wanted = None if wanted is None else wanted.repeat(len(copies), 1)
         with frozen(forwards), self.model.hooks(fwd_hooks=self._hooks(copies)):
             try:
-                found = read(self.model, batch, wanted)
+                if wanted is not None:
+                    return logits_at(self.model, batch, wanted)
+                return self._apart(self.model(batch), len(copies))
             except Halt as halt:
                 return halt.found
-        return found if wanted is not None else self._apart(found, len(copies))
 
     def _apart(self, found: Tensor, copies: int) -> Tensor:
         """What an encoder gives, by prompt; of images against texts only those of one copy."""
@@ -72,7 +74,9 @@ class Whole:
     def _frozen(self, copies: Ints) -> dict[nn.Module, Callable]:
         """The blocks that come before every change, each giving what it gave."""
         changed = np.unique(copies[copies >= 0])
-        first = min(self.spots[hook] for hook in np.unique(self.places.hook[self.places.of(changed)]))
+        first = min(
+            self.spots[hook] for hook in np.unique(self.places.hook[self.places.of(changed)])
+        )
         forwards: dict[nn.Module, Callable] = {}
         for number, (name, tower) in enumerate(self.model.towers.items()):
             before = len(tower.blocks) if 2 * number < first.stage else 0

@@ -30,8 +30,10 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, prepared, score
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.sites import RANDOM, Sites, random_like
-from mechmm.engine.sweep import Report, Source, sweep
+from mechmm.engine.located import random_like
+from mechmm.engine.sites import RANDOM, Sites
+from mechmm.engine.source import Source
+from mechmm.engine.sweep import Report, Sweep
 from mechmm.model.grids import Medium, sources
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
@@ -229,7 +231,7 @@ def patch(
     n_null: int = 20,
     seed: int = 0,
     batch_size: int = 16,
-    tokens: int = 16_384,
+    tokens: int | None = None,
     report: Report | None = None,
 ) -> Patching:
     """Patch every site of every pair, one at a time.
@@ -255,17 +257,20 @@ def patch(
     first = next(iter(pairs.batches(1))).clean
     null_sites = random_like(sites, first.layout, n_null, seed)
     clean, corrupt = baselines(model, pairs, metric, batch_size)
-    together = sweep(
-        model,
-        pairs,
-        sites + null_sites,
-        metric,
-        base="corrupt" if direction == "denoise" else "clean",
-        source=SOURCES[direction],
-        seed=seed,
-        batch_size=batch_size,
-        tokens=tokens,
-        report=report,
+    together = (
+        Sweep(
+            model,
+            pairs,
+            sites + null_sites,
+            metric,
+            base="corrupt" if direction == "denoise" else "clean",
+            source=SOURCES[direction],
+            seed=seed,
+            batch_size=batch_size,
+            tokens=tokens,
+        )
+        .run(report)
+        .values
     )
     media = first.layout.media[0]
     return Patching(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -60,6 +60,7 @@ States = tuple[Tensor, Tensor, Tensor]
 """Query, key and value."""
 
 
+@runtime_checkable
 class Reentry(Protocol):
     """Stands between a run of some positions alone and attention, which sees all of them."""
 

@@ -6,7 +6,7 @@ import pytest
 
 import mechmm as mm
 from mechmm.data.scenes import Scene, Thing
-from mechmm.engine.sites import places, random_like
+from mechmm.engine.located import places, random_like
 from mechmm.model.layout import Box
 from mechmm.zoo.recipe import build_model, build_processor
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mechmm.engine import sites
-from mechmm.engine.sites import places
+from mechmm.engine.located import places
 from mechmm.model.batch import Batch, InputError
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import Box, Patches, SpanError

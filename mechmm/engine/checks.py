@@ -1,0 +1,136 @@
+"""What a sweep refuses before it runs anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechmm.data.metrics import READS_ANSWERS, Metric
+from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.located import located
+from mechmm.engine.places import QUERY_ROWS
+from mechmm.engine.sites import Sites
+from mechmm.engine.source import Source, applied
+from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.model.tower import Tower
+
+
+class SiteError(ValueError):
+    """A site that the model does not have, or that two prompts have unlike."""
+
+
+def check_sites(model: HookedMultimodal, sites: Sites) -> None:
+    """Refuse sites outside the model.
+
+    Raises:
+        SiteError: no sites; a head or neuron that its hook does not have.
+        UnknownHookError: a hook that the model does not have.
+    """
+    if not len(sites):
+        raise SiteError("the table of sites is empty: there is nothing to patch")
+    table = sites.table
+    model.check_names(table["hook"].unique())
+    for column, size in (("head", heads_of), ("neuron", neurons_of)):
+        for hook, group in table[table[column].notna()].groupby("hook"):
+            count, largest = size(model, str(hook)), int(group[column].max())
+            if not 0 <= int(group[column].min()) <= largest < count:
+                raise SiteError(f"{hook} has {column}s 0..{count - 1}, not {largest}")
+
+
+def _block(model: HookedMultimodal, hook: str) -> tuple[Tower, int]:
+    """The tower and the block of a hook."""
+    prefix, inside, rest = hook.partition("blocks.")
+    if not inside:
+        raise SiteError(f"{hook} lies in no block: it has no heads and no neurons")
+    return model.towers[prefix.rstrip(".") or LANGUAGE], int(rest.partition(".")[0])
+
+
+def heads_of(model: HookedMultimodal, hook: str) -> int:
+    """Heads of a hook: key-value heads where it is one of keys and values."""
+    tower, layer = _block(model, hook)
+    keys = hook.endswith(("hook_k", "hook_v", "hook_rot_k"))
+    return tower.cfg.n_key_value_heads or tower.heads(layer) if keys else tower.heads(layer)
+
+
+def neurons_of(model: HookedMultimodal, hook: str) -> int:
+    """Neurons of a hook: of the MLP, or entries of the residual stream."""
+    tower, layer = _block(model, hook)
+    linear = tower.linear(layer, "mlp_out") if ".mlp." in hook else None
+    return tower.cfg.d_model if linear is None else linear.in_features
+
+
+def check_function(model: HookedMultimodal, sites: Sites, source: Source) -> None:
+    """Try a function on made-up values of a site's size.
+
+    Raises:
+        InterventionError: another shape or dtype, or a need for gradients.
+    """
+    if not callable(source):
+        return
+    give = applied(source)
+    for hook, group in sites.table.groupby("hook"):
+        shape = _shape(model, str(hook), bool(group["head"].notna().all()))
+        if group["neuron"].notna().any() or shape is None:
+            continue
+        random = torch.Generator().manual_seed(0)
+        made_up = torch.randn(2, *shape, generator=random).to(model.device, model.dtype)
+        with torch.no_grad():
+            give(str(hook), np.zeros(0, dtype=np.int64), made_up)
+
+
+def _shape(model: HookedMultimodal, hook: str, of_head: bool) -> tuple[int, ...] | None:
+    """The size of one place of a hook, or None where it depends on the batch or the family."""
+    name = hook.rpartition(".")[2]
+    if "blocks." not in hook or hook.endswith(QUERY_ROWS):
+        return None
+    tower, layer = _block(model, hook)
+    if name.startswith("hook_resid") or name in ("hook_attn_out", "hook_mlp_out"):
+        return (tower.cfg.d_model,)
+    if name == "hook_z":
+        return (tower.d_head(layer),) if of_head else (tower.heads(layer), tower.d_head(layer))
+    return None
+
+
+def check_metric(model: HookedMultimodal, pairs: PairDataset, metric: Metric) -> None:
+    """Try a metric on made-up logits.
+
+    Raises:
+        ValueError: where it does not give one number per example.
+    """
+    if metric in READS_ANSWERS:
+        return
+    answers = next(iter(pairs.batches(min(2, len(pairs))))).answers
+    if not answers.single:
+        return
+    vocabulary = model.cfg.d_vocab
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(answers), vocabulary, generator=random).to(model.device)
+    value = metric(logits, answers.with_reference(logits))
+    shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+    if shape != [len(answers)]:
+        name = getattr(metric, "__name__", repr(metric))
+        raise ValueError(
+            f"the metric {name} gave {shape} for {len(answers)} example(s); it must give one "
+            "number per example, [batch]: leave out the mean over the batch"
+        )
+
+
+def check_places(sites: Sites, batch: PairBatch, seed: int) -> None:
+    """Refuse spans of unequal size in the clean and the corrupt prompt.
+
+    Raises:
+        SiteError: with the pair, the span and both sizes.
+    """
+    other = located(sites, batch.corrupt.layout, seed)
+    mine = located(sites, batch.clean.layout, seed)
+    counts = [np.bincount(p.trial, minlength=len(p.prompts)) for p in (mine, other)]
+    unequal = np.flatnonzero(counts[0] != counts[1])
+    if len(unequal):
+        site, prompt = divmod(int(unequal[0]), len(batch))
+        row, sizes = sites.table.iloc[site], [int(count[unequal[0]]) for count in counts]
+        raise SiteError(
+            f"pair {batch.indices[prompt]}: span {row['span']!r} at {row['hook']} has {sizes[0]} "
+            f"positions in the clean prompt and {sizes[1]} in the corrupt one; make them equal or "
+            "drop the pair"
+        )

@@ -1,0 +1,158 @@
+"""Floating-point operations: what a run costs, from the sizes of its matrices.
+
+A linear layer with `w` weights takes `2 w` operations a token, attention of `q` queries over `k`
+keys `4 q k` times heads and their size. Norms, rotations and activations are left out, as PyTorch's
+own counter leaves them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from mechmm.engine.places import Entry, Ints
+from mechmm.engine.trials import Trials
+from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.model.tower import Tower
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Weights that a token meets in every block of a tower [layer].
+
+    Attributes:
+        whole: all of them; attn: those of attention; keys: those of keys and values; heads: query
+            heads times their size.
+    """
+
+    whole: Ints
+    attn: Ints
+    keys: Ints
+    heads: Ints
+
+    @classmethod
+    def of(cls, tower: Tower) -> Blocks:
+        """Of the modules as they are."""
+        layers = range(len(tower.blocks))
+        attn = [tower.part(i, "attn", "") for i in layers]
+        keys = [[tower.linear(i, name) for name in ("k", "v", "qkv")] for i in layers]
+        columns = (
+            [weights(block) for block in tower.blocks],
+            [0 if module is None else weights(module) for module in attn],
+            [sum(weights(module) for module in some if module is not None) for some in keys],
+            [tower.heads(i) * tower.d_head(i) for i in layers],
+        )
+        return cls(*(np.array(column, dtype=np.int64) for column in columns))
+
+
+def weights(module: nn.Module) -> int:
+    """Weights of linear layers that a token meets; of experts as many as are chosen for it."""
+    total = 0
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            total += part.weight.numel()
+        elif name.endswith("experts") and not isinstance(part, nn.ModuleList):
+            total += _chosen(part)
+    return total
+
+
+def _chosen(experts: Any) -> int:
+    """Weights of the experts that are chosen for one token."""
+    config = getattr(experts, "config", None)
+    chosen = getattr(config, "num_experts_per_tok", 1)
+    every = sum(p.numel() for p in experts.parameters(recurse=False) if p.ndim == 3)
+    return every * chosen // max(getattr(experts, "num_experts", 1), 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one batch.
+
+    Attributes:
+        prompts, width: of the language model.
+        wanted: positions of a prompt whose logits are read; rows: logits read at each, 0 for all.
+        rows_of: rows and positions of the batch of every other tower.
+    """
+
+    prompts: int
+    width: int
+    wanted: int
+    rows: int
+    rows_of: dict[str, tuple[int, int]]
+
+
+class Cost:
+    """What runs of one model cost.
+
+    Attributes:
+        blocks: by tower.
+    """
+
+    def __init__(self, model: HookedMultimodal) -> None:
+        self.model = model
+        self.blocks = {name: Blocks.of(tower) for name, tower in model.towers.items()}
+
+    def trials(self, trials: Trials, changed: Ints, shape: Shape) -> np.ndarray:
+        """Operations of every trial in the language model [trial].
+
+        Args:
+            changed: positions that every trial changes [trial].
+        """
+        blocks, last = self.blocks[LANGUAGE], len(self.blocks[LANGUAGE].whole) - 1
+        tokens, ends = shape.width - trials.start, shape.wanted
+        joins = trials.layer + (trials.entry != Entry.WHOLE)
+        per_token = 2 * tokens[:, None] * blocks.whole[None, :last]
+        attention = 4 * tokens[:, None] * shape.width * blocks.heads[None, :last]
+        through = joins[:, None] <= np.arange(last)
+        total = ((per_token + attention) * through).sum(1)
+        middle = trials.entry == Entry.MIDDLE
+        behind = np.where(trials.layer == last, np.minimum(changed, ends), changed)
+        rest = (blocks.whole - blocks.attn)[trials.layer]
+        total += middle * 2 * behind * rest
+        within = joins <= last
+        known = np.where(joins == last, np.minimum(changed, tokens), tokens)
+        known = np.where((trials.entry != Entry.WHOLE) & (joins == last), tokens, known)
+        block = 2 * ends * blocks.whole[last] + 4 * ends * shape.width * blocks.heads[last]
+        total += within * (2 * known * blocks.keys[last] + block)
+        return total + self.head(shape)
+
+    def head(self, shape: Shape) -> int:
+        """Operations of the logits that are read after one prompt."""
+        unembed = self.model.towers[LANGUAGE].unembed if LANGUAGE in self.model.towers else None
+        if unembed is None:
+            return 0
+        count: int = shape.rows * unembed.in_features if shape.rows else unembed.weight.numel()  # type: ignore[operator, union-attr, assignment] - a linear layer
+        return 2 * shape.wanted * count
+
+    def tower(self, name: str, shape: Shape, first: int = 0) -> int:
+        """Operations of a tower's blocks from one on, for one batch."""
+        blocks = self.blocks[name]
+        rows, width = shape.rows_of.get(name, (shape.prompts, shape.width))
+        dense = 2 * rows * width * int(blocks.whole[first:].sum())
+        return dense + 4 * rows * width * width * int(blocks.heads[first:].sum())
+
+    def around(self, shape: Shape) -> int:
+        """Operations of embeddings and projectors, for one batch."""
+        total = 0
+        for name, row in self.model.family.projectors.items():
+            del name
+            rows, width = shape.rows_of.get(row.tower, (shape.prompts, shape.width))
+            total += 2 * rows * width * weights(self.model.hf_model.get_submodule(row.root))
+        for name, tower in self.model.towers.items():
+            embed = tower.module(tower.row.embed)
+            if name in shape.rows_of and embed is not None:
+                rows, width = shape.rows_of[name]
+                parts = [m for m in embed.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+                total += 2 * rows * width * sum(part.weight.numel() for part in parts)
+        return total
+
+    def whole(self, shape: Shape) -> int:
+        """Operations of the whole model on one batch, with all logits where they are read."""
+        towers = sum(self.tower(name, shape) for name in self.blocks)
+        unembed = Shape(shape.prompts, shape.width, shape.wanted, 0, shape.rows_of)
+        return towers + self.around(shape) + shape.prompts * self.head(unembed)
