@@ -18,7 +18,7 @@ from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import first_of, with_first
 from mechmm.engine.places import QUERY_ROWS
 from mechmm.engine.shelf import Shelf
-from mechmm.model.attention import States, reentering
+from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -222,14 +222,11 @@ class _Watch:
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
 
-    def enter(self, states: States, mask: Tensor | None, causal: bool) -> tuple[States, Any]:
+    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
         block = self.blocks[-1]
         _, block.keys, block.values = states
         block.mask, block.causal = mask, causal
-        return states, mask
-
-    def leave(self, z: Tensor) -> Tensor:
-        return z
+        return compute(states, mask)
 
 
 def _note_additions(blocks: list[Block]) -> None:

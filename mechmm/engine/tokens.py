@@ -20,7 +20,10 @@ from mechmm.engine.freeze import Halt
 from mechmm.engine.places import Ints
 from mechmm.engine.record import BY_TOKEN, Block
 from mechmm.engine.shelf import pick
-from mechmm.model.attention import States
+from mechmm.model.attention import Compute, States
+
+TILE = 32
+"""Queries whose causal attention is computed together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,21 +134,38 @@ class Tokens:
         return bool((self.padded == self.padded[0]).all()) and self.padded.size == len(self)
 
     @cached_property
-    def causal(self) -> Tensor:
-        """What every token sees under causal attention: [trial or 1, 1, token, key]."""
+    def tiles(self) -> list[Tile]:
+        """Causal attention in parts: queries by rank, each with the keys that some of them see."""
         rows = self.padded[:1] if self.aligned else self.padded
-        keys = torch.arange(self.width, device=self.device)
-        return (keys <= self.tensor(rows)[..., None])[:, None]
+        found = []
+        for start in range(0, self.padded.shape[1], TILE):
+            queries = slice(start, start + TILE)
+            seen = int(rows[:, queries].max()) + 1
+            keys = torch.arange(seen, device=self.device)
+            visible = keys <= self.tensor(rows[:, queries])[..., None]
+            found.append(Tile(queries, seen, visible[:, None]))
+        return found
 
-    def mask(self, block: Block) -> Tensor | None:
-        """What every token sees: [trial or 1, 1, token, key]."""
-        if block.mask is not None:
-            own = self.prompts[self.trials] if len(block.mask) > 1 else np.zeros_like(self.trials)
-            return block.mask[self.tensor(own)[:, None], 0, self.tensor(self.padded)][:, None]
-        if not block.causal:
-            return None
-        whole = self.aligned and self.padded.shape[1] == self.width
-        return None if whole else self.causal
+    def mask(self, block: Block) -> Tensor:
+        """What every token sees where the block has a mask: [trial, 1, token, key]."""
+        assert block.mask is not None
+        own = self.prompts[self.trials] if len(block.mask) > 1 else np.zeros_like(self.trials)
+        return block.mask[self.tensor(own)[:, None], 0, self.tensor(self.padded)][:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """Some queries, and what they see.
+
+    Attributes:
+        queries: their ranks.
+        keys: how many of the first keys they see.
+        visible: [trial or 1, 1, query, key].
+    """
+
+    queries: slice
+    keys: int
+    visible: Tensor
 
 
 class Reenter:
@@ -165,16 +185,30 @@ class Reenter:
     ) -> None:
         self.tokens, self.block, self.collect, self.known = tokens, block, collect, known
 
-    def enter(self, states: States, mask: Tensor | None, causal: bool) -> tuple[States, Any]:
+    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
         query, *own = states
         recorded = self.known or (self.block.keys, self.block.values)
         key, value = (self._whole(r, new) for r, new in zip(recorded, own, strict=True))
         if self.collect:
             raise Halt((key, value))
-        return (self._by_trial(query), key, value), self.tokens.mask(self.block)
-
-    def leave(self, z: Tensor) -> Tensor:
+        z = self._by_trial_z(self._by_trial(query), key, value, compute)
+        if self.tokens.aligned:
+            return z.flatten(0, 1)[None]
         return z[self.tokens.slots][None]
+
+    def _by_trial_z(self, query: Tensor, key: Tensor, value: Tensor, compute: Compute) -> Tensor:
+        """z [trial, token, head, d_head]."""
+        tokens, block = self.tokens, self.block
+        if block.mask is not None:
+            return compute((query, key, value), tokens.mask(block))
+        whole = tokens.aligned and tokens.padded.shape[1] == tokens.width
+        if whole or not block.causal:
+            return compute((query, key, value), None)
+        parts = [
+            compute((query[:, :, t.queries], key[:, :, : t.keys], value[:, :, : t.keys]), t.visible)
+            for t in tokens.tiles
+        ]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _whole(self, recorded: Tensor | None, own: Tensor) -> Tensor:
         """Keys or values of the whole prompt [trial, head, pos, d_head]."""

@@ -60,16 +60,20 @@ States = tuple[Tensor, Tensor, Tensor]
 """Query, key and value."""
 
 
+Compute = Callable[[States, Tensor | None], Tensor]
+"""(states, mask) -> z [batch, pos, head, d_head]."""
+
+
 @runtime_checkable
 class Reentry(Protocol):
     """Stands between a run of some positions alone and attention, which sees all of them."""
 
-    def enter(self, states: States, mask: Tensor | None, causal: bool) -> tuple[States, Any]:
-        """The states and the mask with which attention is computed."""
-        ...
+    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+        """z of the run's positions, computed with whatever states and masks it takes.
 
-    def leave(self, z: Tensor) -> Tensor:
-        """z [batch, pos, head, d_head] as the run goes on with it."""
+        Args:
+            states, mask: those of the run; `causal`: what no mask means.
+        """
         ...
 
 
@@ -160,35 +164,30 @@ def attention_forward(
     hooks = _HOOKS.get(module)
     ends = kwargs.pop("cu_seq_lens_q", None)
     lengths = None if ends is None else (ends[1:] - ends[:-1]).tolist()
+    rest = (dropout, scaling, is_causal)
     if hooks is None:
-        rest = (attention_mask, dropout, scaling, is_causal)
-        return _stock(module, (query, key, value), lengths, *rest, **kwargs)
+        return _stock(module, (query, key, value), lengths, attention_mask, *rest, **kwargs)
     query = _fire_heads_first(hooks.rot_q, query, hooks.view)
     key = _fire_heads_first(hooks.rot_k, key, hooks.view)
-    states: States = (query, key, value)
+    states, patterns = (query, key, value), []
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
-    reentry = _REENTRIES.get(module)
-    if reentry is not None:
-        states, attention_mask = reentry.enter(states, attention_mask, causal)
-    rest = (attention_mask, dropout, scaling, is_causal)
-    watched = listening(hooks.scores) or listening(hooks.pattern)
-    if not (watched or hooks.eager):
-        z, pattern = _stock(module, states, lengths, *rest, **kwargs)
-        z = z if reentry is None else reentry.leave(z)
-        return fire(hooks.z, z, hooks.view), pattern
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, kwargs.get("softcap"))
-    pack, pattern = hooks.pack(), None
-    if pack is None:
-        mask = _additive_mask(attention_mask, *states[:2], causal)
-        z, pattern = _eager(hooks, states, mask, options)
+
+    def compute(states: States, mask: Tensor | None) -> Tensor:
+        if hooks.eager or listening(hooks.scores) or listening(hooks.pattern):
+            z, pattern = _stepwise(hooks, states, mask, causal, lengths, options)
+        else:
+            z, pattern = _stock(module, states, lengths, mask, *rest, **kwargs)
+        patterns.append(pattern)
+        return z
+
+    reentry = _REENTRIES.get(module)
+    if reentry is None:
+        z = compute(states, attention_mask)
     else:
-        z = _eager_by_chunk(states, attention_mask, lengths, options)
-        if watched:
-            mask = _packed_mask(pack, attention_mask, lengths, query)
-            z = _packed(hooks, pack, z, states, mask, options)
-    z = z if reentry is None else reentry.leave(z)
-    return fire(hooks.z, z, hooks.view), pattern
+        z = reentry.attend(states, attention_mask, causal, compute)
+    return fire(hooks.z, z, hooks.view), patterns[-1]
 
 
 @dataclass(frozen=True)
@@ -213,6 +212,25 @@ def _stock(
         return sdpa_attention_forward(module, *states, *rest, **kwargs)
     parts = [sdpa_attention_forward(module, *c, *rest)[0] for c in _chunks(states, lengths)]
     return torch.cat(parts, dim=1), None
+
+
+def _stepwise(
+    hooks: AttentionHooks,
+    states: States,
+    mask: Tensor | None,
+    causal: bool,
+    lengths: list[int] | None,
+    options: Options,
+) -> tuple[Tensor, Tensor | None]:
+    """z and the pattern, with every step as users see it."""
+    pack = hooks.pack()
+    if pack is None:
+        return _eager(hooks, states, _additive_mask(mask, *states[:2], causal), options)
+    z = _eager_by_chunk(states, mask, lengths, options)
+    if not (listening(hooks.scores) or listening(hooks.pattern)):
+        return z, None
+    seen = _packed_mask(pack, mask, lengths, states[0])
+    return _packed(hooks, pack, z, states, seen, options), None
 
 
 def _eager_by_chunk(
