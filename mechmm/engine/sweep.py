@@ -62,7 +62,7 @@ class Sweep:
         tokens: of one forward pass, at most; None: found by a short trial on the model. The last
             digits of results depend on it.
         budget: bytes of recorded activations that may be kept at once; None: no limit.
-        keep: where they are kept: `"device"`, `"cpu"` or `"disk"`.
+        state: where they are kept: `"device"`, `"cpu"` or `"disk"`.
 
     Raises:
         ValueError: no sites; a site outside the model; an unknown source; a metric that does not
@@ -79,7 +79,7 @@ class Sweep:
     batch_size: int = 16
     tokens: int | None = None
     budget: int | None = None
-    keep: Keep = "device"
+    state: Keep = "device"
 
     def __post_init__(self) -> None:
         check_sites(self.model, self.sites)
@@ -120,7 +120,7 @@ class _Run:
         self.plan, self.reuse = compiled(sweep, sweep.tokens or DEFAULT)
         self.values = torch.full((len(sweep.sites), len(sweep.pairs)), torch.nan)
         self.base = torch.full((len(sweep.pairs),), torch.nan)
-        self.shelf, self.tokens = Shelf(sweep.keep), sweep.tokens
+        self.shelf, self.tokens = Shelf(sweep.state), sweep.tokens
         self.count, self.done, self.work = 0, 0.0, float(self.plan.flops.sum())
 
     def all(self) -> None:
