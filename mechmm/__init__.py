@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from mechmm.data.metrics import accuracy, kl, log_prob, logit_diff, prob
     from mechmm.data.pairs import Pair, PairDataset, Prompt
     from mechmm.engine import sites
+    from mechmm.engine.source import Steer
+    from mechmm.engine.sweep import Sweep
     from mechmm.methods.patching import Patching, patch
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
@@ -24,6 +26,8 @@ __version__ = "0.1.0"
 _HOME = {
     "mechmm.data.metrics": ("accuracy", "kl", "log_prob", "logit_diff", "prob"),
     "mechmm.data.pairs": ("Pair", "PairDataset", "Prompt"),
+    "mechmm.engine.source": ("Steer",),
+    "mechmm.engine.sweep": ("Sweep",),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
@@ -45,6 +49,8 @@ __all__ = [
     "Patches",
     "Patching",
     "Prompt",
+    "Steer",
+    "Sweep",
     "TokenLayout",
     "Words",
     "accuracy",

@@ -73,7 +73,9 @@ def audit(name: Name, as_json: AsJson = False) -> None:
 def patch(
     model: Annotated[str, typer.Option(help="A hub name, a local folder, or mechmm/demo.")],
     pairs: Annotated[Path, typer.Option(help="Folder written by PairDataset.save.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result and its report; must be new.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the result and its report; must be new.")
+    ] = None,
     sites: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join(SITES)}.")
     ] = "residual,heads",
@@ -86,16 +88,44 @@ def patch(
     direction: Annotated[
         str, typer.Option(help="denoise, noise, zero, mean or resample.")
     ] = "denoise",
-    seed: Annotated[int, typer.Option(help="Of the null and of resample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the null, of resample and of the screen.")] = 0,
+    screen: Annotated[
+        float | None,
+        typer.Option(help="Patch only this share of sites, chosen by attribution patching."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of one forward pass; default: found by a short trial.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Recorded activations at once, for example 2GB.")
+    ] = None,
+    state: Annotated[
+        str, typer.Option(help="Where recorded activations are kept: device, cpu or disk.")
+    ] = "device",
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would run, and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Patch every site of every pair, one at a time; save the numbers and a report."""
-    from mechmm.runs.patch import patch_folder
+    """Patch every site of every pair, one at a time; save the numbers and a report.
 
-    loaded, names, places = _load(model), sites.split(","), spans.split(",")
-    found = patch_folder(loaded, pairs, out, names, places, metric, direction, seed, as_json)
+    Ctrl-C ends the run and saves what is finished; the exit code is 130 then.
+    """
+    from mechmm.runs.patch import Job, facts_of, patch_folder, plan_folder
+
+    names, places = sites.split(","), spans.split(",")
+    job = Job(pairs, names, places, metric, direction, seed, screen, tokens, budget, state)
+    if plan:
+        found = plan_folder(_load(model), job)
+        print(json.dumps(facts_of(found)) if as_json else found)
+        return
+    if out is None:
+        raise ValueError("patch needs --out, a new folder for the result (or --plan)")
+    found = patch_folder(_load(model), job, out, as_json)
     if as_json:
         print(found.to_dataframe().to_json(orient="records"))
+    if found.interrupted:
+        said = f"interrupted, {found.missing} cells are missing; the others are in {out}"
+        print(f"mechmm: {said}", file=sys.stderr)
+        raise typer.Exit(130)
 
 
 @zoo.command()

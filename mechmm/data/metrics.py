@@ -241,8 +241,8 @@ def logits_at(
 
 
 def chosen(
-    logits: Float[Tensor, "batch token vocab"], rows: Int[Tensor, "batch row"] | None
-) -> Float[Tensor, "batch token row"]:
+    logits: Float[Tensor, "batch *token vocab"], rows: Int[Tensor, "batch row"] | None
+) -> Float[Tensor, "batch *token row"]:
     """The logits of some tokens alone, for every prompt its own; all where none are named."""
     if rows is None:
         return logits

@@ -46,9 +46,16 @@ def _block(model: HookedMultimodal, hook: str) -> tuple[Tower, int]:
     return model.towers[prefix.rstrip(".") or LANGUAGE], int(rest.partition(".")[0])
 
 
+def _by_head(hook: str) -> bool:
+    """Whether a hook's tensor has an axis of heads."""
+    return ".attn.hook_" in hook or ".cross_attn.hook_" in hook
+
+
 def heads_of(model: HookedMultimodal, hook: str) -> int:
     """Heads of a hook: key-value heads where it is one of keys and values."""
     tower, layer = _block(model, hook)
+    if not _by_head(hook):
+        raise SiteError(f"{hook} has no heads")
     keys = hook.endswith(("hook_k", "hook_v", "hook_rot_k"))
     return tower.cfg.n_key_value_heads or tower.heads(layer) if keys else tower.heads(layer)
 
@@ -56,6 +63,8 @@ def heads_of(model: HookedMultimodal, hook: str) -> int:
 def neurons_of(model: HookedMultimodal, hook: str) -> int:
     """Neurons of a hook: of the MLP, or entries of the residual stream."""
     tower, layer = _block(model, hook)
+    if _by_head(hook):
+        raise SiteError(f"{hook} has no neurons")
     linear = tower.linear(layer, "mlp_out") if ".mlp." in hook else None
     return tower.cfg.d_model if linear is None else linear.in_features
 

@@ -14,7 +14,7 @@ from mechmm.data.pairs import PairBatch
 from mechmm.engine.cost import Cost, Shape
 from mechmm.engine.engine import first_seen, seen_positions
 from mechmm.engine.located import located
-from mechmm.engine.places import Ints, Spot, spot_of
+from mechmm.engine.places import QUERY_ROWS, Ints, Spot, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
 from mechmm.engine.record import resumes
 from mechmm.engine.trials import Entries
@@ -197,6 +197,9 @@ class _Compiler:
             trials = entries.trials(here)
             first[here] = trials.start
             flops[here] = self.cost.trials(trials, changes[here], shape)
+            rows = np.array([hook.endswith(QUERY_ROWS) for hook in places.hooks])[places.hook]
+            apart = np.isin(here, places.trial[rows])
+            flops[here[apart]] += self.cost.laid_out(trials.part(apart), shape)
             passes += _passes(entries.sizes(trials), self.tokens)
         begun = np.flatnonzero(elsewhere)
         if len(begun):

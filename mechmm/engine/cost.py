@@ -121,6 +121,13 @@ class Cost:
         total += within * (2 * known * blocks.keys[last] + block)
         return total + self.head(shape)
 
+    def laid_out(self, trials: Trials, shape: Shape) -> np.ndarray:
+        """What the block that trials enter costs them more where it runs whole prompts [trial]."""
+        blocks, last = self.blocks[LANGUAGE], len(self.blocks[LANGUAGE].whole) - 1
+        ran = np.where(trials.layer == last, shape.wanted, shape.width - trials.start)
+        each = 2 * blocks.whole + 4 * shape.width * blocks.heads
+        return (shape.width - ran) * each[trials.layer]
+
     def head(self, shape: Shape) -> int:
         """Operations of the logits that are read after one prompt."""
         unembed = self.model.towers[LANGUAGE].unembed if LANGUAGE in self.model.towers else None

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechmm.data.metrics import chosen
 from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
-from mechmm.engine.places import Ints, Places, Spot, Values, spot_of
+from mechmm.engine.places import Entry, Ints, Places, Spot, Values, spot_of
 from mechmm.engine.record import Recording, record, resumes
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.shelf import Shelf
@@ -59,7 +59,8 @@ class Engine:
         self.spots = {hook: spot_of(model, hook) for hook in dict.fromkeys(hooks)}
         with torch.no_grad():
             towers = self._frozen_towers() if reuse else []
-            found = record(model, batch, wanted, hooks if reuse else [], towers, blocks=reuse)
+            names = list(self.spots) if reuse else []
+            found = record(model, batch, wanted, names, towers, blocks=reuse, attn=self._attended())
             self.head = head_of(model, found, rows) if found.blocks else None
         self.recording: Recording = found.kept(shelf or Shelf())
         self.tokens = tokens if tokens is not None else calibrated(model, self.recording)
@@ -71,12 +72,16 @@ class Engine:
         last = max(others).stage if others else -1
         return [name for i, name in enumerate(self.model.towers) if 2 * i <= last]
 
+    def _attended(self) -> set[int]:
+        """Language blocks that some change enters behind their attention."""
+        spots = self.spots.values()
+        return {s.layer for s in spots if s.tower == LANGUAGE and s.entry == Entry.MIDDLE}
+
     @property
     def base(self) -> Tensor:
         """Logits of the unchanged prompts [batch, token, vocab or row]."""
         return chosen(self.recording.logits, self.rows)
 
-    @torch.no_grad()
     def run(self, places: Places, values: Values) -> Found:
         """Run all trials that change anything, those that enter alike together.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from mechmm.data.metrics import chosen
@@ -23,12 +23,15 @@ class Head:
         unembed: its output layer.
         softcap: of the logits, or None.
         rows: the only tokens whose logits are read, by prompt [prompt, token], or None.
+        banned: tokens that the model never says, by prompt [prompt, vocab or token]: their logits
+            are the lowest number (Chameleon's image tokens).
     """
 
     tower: Tower
     unembed: nn.Linear
     softcap: float | None
     rows: Int[Tensor, "prompt token"] | None = None
+    banned: Bool[Tensor, "prompt token"] | None = None
 
     def __call__(self, stream: Tensor, prompts: Tensor, at: Tensor) -> Tensor:
         """Logits [trial, token, vocab] (or the chosen ones) of tokens in one row.
@@ -50,6 +53,9 @@ class Head:
                 logits = logits + self.unembed.bias[rows][:, None]
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.banned is not None:
+            lowest = torch.finfo(logits.dtype).min
+            logits = logits.masked_fill(self.banned[prompts][:, None], lowest)
         return logits
 
 
@@ -69,10 +75,12 @@ def head_of(
     stream = recording.stream(len(recording.blocks))[there, wanted].flatten(0, 1)[None]
     at = torch.arange(wanted.numel(), device=wanted.device).view(wanted.shape)
     real = chosen(recording.logits, rows)
+    banned = (real == torch.finfo(real.dtype).min).all(1)
     caps = [None, getattr(tower.config, "final_logit_softcapping", None)]
     for cap in dict.fromkeys(caps):
-        head = Head(tower, unembed, cap, rows)
-        if close(head(stream, there[:, 0], at), real):
+        head = Head(tower, unembed, cap, rows, banned if banned.any() else None)
+        both = (head(stream, there[:, 0], at), real)
+        if close(*(logits.masked_fill(banned[:, None], 0) for logits in both)):
             return head
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -57,8 +57,11 @@ class Block:
         """The same block, its activations where a shelf keeps them."""
         names = ("stream", "keys", "values", "added")
         there = {name: value for name in names if (value := getattr(self, name)) is not None}
-        found = shelf.put({**there, "attn": first_of(self.attn)})
-        return replace(self, **{**found, "attn": with_first(self.attn, found["attn"])})
+        found = shelf.put(there)
+        if self.attn is None:
+            return replace(self, **found)
+        attn = shelf.put({"attn": first_of(self.attn)})["attn"]
+        return replace(self, **found, attn=with_first(self.attn, attn))
 
 
 @dataclass
@@ -106,6 +109,7 @@ def record(
     towers: Sequence[str],
     *,
     blocks: bool = True,
+    attn: Collection[int] = (),
 ) -> Recording:
     """Run the prompts once and keep what trials go on from.
 
@@ -115,6 +119,7 @@ def record(
             attention that shows them computes otherwise.
         towers: whose blocks' outputs are kept.
         blocks: whether to keep the language model's, where they can run some positions alone.
+        attn: numbers of its blocks of whose attention the output is kept.
     """
     patterns = [hook for hook in hooks if hook.endswith(QUERY_ROWS)]
     kept = values(model, batch, patterns) if patterns else {}
@@ -124,20 +129,28 @@ def record(
         for outputs in given.values():
             stack.enter_context(outputs.listening())
         if blocks and wanted is not None and resumes(model):
-            called = stack.enter_context(_blocks(model.towers[LANGUAGE]))
-        stack.enter_context(model.hooks(fwd_hooks=_keeping(kept, set(hooks) - set(patterns))))
+            called = stack.enter_context(_blocks(model.towers[LANGUAGE], attn))
+        streams = {f"blocks.{i}.hook_resid_pre": i for i in range(model.cfg.n_layers)}
+        streams = streams if blocks and wanted is not None and resumes(model) else {}
+        others = set(hooks) - set(patterns) - set(streams)
+        stack.enter_context(model.hooks(fwd_hooks=_keeping(kept, others)))
         logits = model(batch) if wanted is None else logits_at(model, batch, wanted)
-    _note_additions(called)
+    kept |= {hook: called[i].stream for hook, i in streams.items() if hook in hooks}
     end = first_of(called[-1].gave) if called else None
+    _note_additions(called)
     found = {name: o.found for name, o in given.items() if o.once}
     return Recording(batch, wanted, logits, kept, found, called, end)
 
 
 def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[str, Tensor]:
-    """The values of some hooks on one batch."""
+    """The values of some hooks on one batch; those of scores and patterns by a run of their own,
+    because attention that shows them computes otherwise."""
     kept: dict[str, Tensor] = {}
-    with model.hooks(fwd_hooks=_keeping(kept, hooks)):
-        model(batch, logits_to_keep=1)
+    names = set(hooks)
+    patterns = {hook for hook in names if hook.endswith(QUERY_ROWS)}
+    for some in filter(None, (patterns, names - patterns)):
+        with model.hooks(fwd_hooks=_keeping(kept, some)):
+            model(batch, logits_to_keep=1)
     return kept
 
 
@@ -182,8 +195,8 @@ class _Outputs:
 
 
 @contextmanager
-def _blocks(tower: Tower) -> Iterator[list[Block]]:
-    """The blocks of a stack as they are called."""
+def _blocks(tower: Tower, attended: Collection[int]) -> Iterator[list[Block]]:
+    """The blocks of a stack as they are called, with what attention gives in some of them."""
     found: list[Block] = []
     handles: list[RemovableHandle] = []
 
@@ -207,7 +220,8 @@ def _blocks(tower: Tower) -> Iterator[list[Block]]:
             attn, core = (tower.part(layer, "attn", path) for path in ("", tower.row.core))
             assert attn is not None
             assert core is not None
-            handles.append(attn.register_forward_hook(behind))
+            if layer in attended:
+                handles.append(attn.register_forward_hook(behind))
             stack.enter_context(reentering(core, _Watch(found)))
             handles.append(block.register_forward_hook(last))
         try:
@@ -235,6 +249,7 @@ def _note_additions(blocks: list[Block]) -> None:
         gave = first_of(block.gave)
         if not torch.equal(gave, after.stream):
             block.added = after.stream - gave
+    for block in blocks:
         block.gave = None
 
 

@@ -57,6 +57,7 @@ class Rerun:
         reached = starts(recording.blocks, real).cpu().numpy()
         self.entries = Entries.of(places, spots, reached, self.wanted, self.last)
 
+    @torch.no_grad()
     def run(self, numbers: Ints, trials: Trials) -> Float[Tensor, "trial token vocab"]:
         """The logits of some trials after the positions that are read.
 
@@ -197,14 +198,16 @@ class _Chunk:
                 base = self.recording.hooks[hook]
                 for half in halves(self.of.places.part[self.places[at]]):
                     now, new = self._new(hook, base, at[half])
-                    stream = stream.index_add(1, tokens.tensor(token[half]), (new - now)[None])
+                    part = torch.as_tensor(self.of.places.part[self.places[at[half]]])
+                    delta = _entries(new - now, part, stream.shape[-1])
+                    stream = stream.index_add(1, tokens.tensor(token[half]), delta[None])
         return stream
 
     # Blocks ----------------------------------------------------------------------------------
 
     def _through(self, layer: int, tokens: Tokens, hidden: Tensor) -> Tensor:
         """A whole block; trials whose scores or patterns change run by themselves."""
-        apart = np.unique(np.concatenate([self.trial[at] for _, at in self._rows(layer)] or [[]]))
+        apart = self._apart(layer)
         if not len(apart):
             return self._attended(layer, tokens, hidden)
         alone = np.isin(tokens.trial, apart)
@@ -214,6 +217,10 @@ class _Chunk:
                 at = tokens.tensor(np.flatnonzero(keep))
                 new[:, at] = compute(layer, tokens.part(keep), hidden[:, at])
         return new
+
+    def _apart(self, layer: int) -> Ints:
+        """Trials whose scores or patterns change in a block."""
+        return np.unique(np.concatenate([self.trial[at] for _, at in self._rows(layer)] or [[]]))
 
     def _rows(self, layer: int) -> list[tuple[str, Ints]]:
         """Places in scores and patterns of a block."""
@@ -229,18 +236,28 @@ class _Chunk:
         return reentering(core, reenter)
 
     def _through_last(self, tokens: Tokens, hidden: Tensor) -> tuple[Tokens, Tensor]:
-        """The last block, for the positions whose logits are read."""
+        """The last block, for the positions whose logits are read; trials whose scores or patterns
+        change run whole prompts."""
         layer = self.of.last
-        ends = self._ends(tokens.trials)
+        ends, apart = self._ends(tokens.trials), self._apart(layer)
+        alone, theirs = np.isin(tokens.trial, apart), np.isin(ends.trial, apart)
+        new = hidden.new_empty(1, len(ends), hidden.shape[-1])
+        for keep, own, compute in ((~alone, ~theirs, self._read), (alone, theirs, self._laid_out)):
+            if keep.any():
+                at, there = (tokens.tensor(np.flatnonzero(mask)) for mask in (keep, own))
+                parts = (tokens.part(keep), hidden[:, at], ends.part(own))
+                new[:, there] = compute(layer, *parts)
+        return ends, new
+
+    def _read(self, layer: int, tokens: Tokens, hidden: Tensor, ends: Tokens) -> Tensor:
+        """The last block, for the positions whose logits are read."""
         at = tokens.at[ends.trial, ends.position]
         stream = ends.of(self.recording.stream(layer))
         there = np.flatnonzero(at >= 0)
         stream[:, ends.tensor(there)] = hidden[:, tokens.tensor(at[there])]
-        if self._rows(layer):
-            return ends, self._laid_out(layer, tokens, hidden, ends)
         known = self._keys(layer, tokens, hidden)
         with self._again(layer, Reenter(ends, self.recording.blocks[layer], known=known)):
-            return ends, self._block(layer, ends, stream)
+            return self._block(layer, ends, stream)
 
     def _keys(self, layer: int, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the whole prompt, those of the tokens computed anew."""
@@ -401,6 +418,15 @@ class _Chunk:
         at = ends.tensor(ends.at[np.arange(len(wanted))[:, None], wanted])
         with self._hooks(self.of.last + 1, ends):
             return self.of.head(stream, ends.tensor(self.prompts), at)
+
+
+def _entries(delta: Tensor, part: Tensor, width: int) -> Tensor:
+    """A change of the stream [place, d_model], of which it may be one entry alone [place]."""
+    if delta.ndim > 1:
+        return delta
+    whole = delta.new_zeros(len(delta), width)
+    whole[torch.arange(len(delta)), part] = delta
+    return whole
 
 
 def _zeros(linear: nn.Module) -> Callable[[Tensor], Tensor]:

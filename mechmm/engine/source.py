@@ -41,6 +41,11 @@ class Steer:
 
     def __call__(self, now: Tensor) -> Tensor:
         """What is there, steered."""
+        if now.ndim > 1 and now.shape[-1] != len(self.vector):
+            raise InterventionError(
+                f"a direction of {len(self.vector)} numbers cannot be added to {now.shape[-1]}; "
+                "steer sites of one size at a time"
+            )
         return now + self.scale * self.vector.to(now)
 
 
@@ -89,7 +94,9 @@ class Donor:
         def give(hook: str, at: Ints, now: Tensor) -> Tensor:
             there = places.chosen(at)
             tensor = found[hook]
-            return tensor[index(hook, there.row, there.position, there.part, tensor.device)]
+            new = tensor[index(hook, there.row, there.position, there.part, tensor.device)]
+            _check_alike(hook, new, now)
+            return new
 
         return give
 
@@ -120,6 +127,7 @@ class Donor:
 
         def give(hook: str, at: Ints, now: Tensor) -> Tensor:
             means = self.means[hook, bool(places.part[at[0]] >= 0)]
+            _check_alike(hook, means, now)
             return means[torch.as_tensor(places.trial[at] // prompts)].to(now)
 
         return give
@@ -143,8 +151,18 @@ class Donor:
                     if key not in sums:
                         shape = (len(self.sites), *value.shape[1:])
                         sums[key] = torch.zeros(shape, dtype=torch.float64)
+                    _check_alike(hook, sums[key], value)
                     sums[key].index_add_(0, torch.as_tensor(site[at[half]]), value.double().cpu())
         return {key: _divided(total, counts) for key, total in sums.items()}
+
+
+def _check_alike(hook: str, new: Tensor, now: Tensor) -> None:
+    """Refuse patterns over another number of keys."""
+    if new.shape[1:] != now.shape[1:]:
+        raise ValueError(
+            f"{hook}: prompts of unequal length have patterns of unequal size, which cannot stand "
+            "for each other; use pairs of one length"
+        )
 
 
 def _divided(total: Tensor, counts: np.ndarray) -> Tensor:

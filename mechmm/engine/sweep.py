@@ -221,5 +221,5 @@ def unlike(engine: Engine, places: Places, values: Values) -> np.ndarray:
                 where = index(hook, there.row, there.position, there.part, base.device)
                 now = pick(base, *where, device=device)
                 new = values(hook, part, now).to(now)
-                keep[part] = (new != now).flatten(1).any(1).cpu().numpy()
+                keep[part] = (new != now).reshape(len(part), -1).any(1).cpu().numpy()
     return keep

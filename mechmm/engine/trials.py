@@ -34,7 +34,7 @@ class Trials:
     start: Ints
     enters: tuple[Tensor, Ints] | None = None
 
-    def part(self, numbers: Ints | slice) -> Trials:
+    def part(self, numbers: np.ndarray | slice) -> Trials:
         """Some of the trials."""
         return Trials(self.layer[numbers], self.entry[numbers], self.start[numbers], self.enters)
 

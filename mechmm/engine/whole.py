@@ -38,6 +38,7 @@ class Whole:
         self.model, self.recording, self.places, self.values = model, recording, places, values
         self.spots, self.prompts = spots, len(recording.batch)
 
+    @torch.no_grad()
     def run(self, copies: Ints, towards: bool = False) -> Tensor:
         """Run trials together.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pandas as pd
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mechmm.engine.sweep import Report
@@ -26,12 +26,9 @@ def print_table(frame: pd.DataFrame, title: str, console: Console | None = None)
 
 @contextmanager
 def progress(label: str) -> Iterator[Report]:
-    """A progress bar on stderr; yields what a method calls with (done, in all)."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-    )
+    """A progress bar on stderr, per cent and time left; yields what a method calls with (done, in
+    all) of its work."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         task = bars.add_task(label, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)

@@ -10,7 +10,9 @@ from transformer_lens import patching as tl_patching
 
 import mechmm as mm
 from mechmm.data import shapes
+from mechmm.engine.source import InterventionError
 from mechmm.methods.patching import baselines
+from mechmm.results.result import concat
 from mechmm.zoo.recipe import build_model, build_processor
 
 
@@ -286,3 +288,200 @@ def test_pairs_of_text_alone_may_stand_beside_pictures(model, pictures, directio
     moved = (found.values[0] - found.clean).abs()
     assert (moved[:2] < 1e-5).all()  # no vision tower to ablate
     assert (moved[2:] > 1e-4).all()
+
+
+@pytest.mark.parametrize("metric", [mm.logit_diff, mm.kl, mm.accuracy])
+@pytest.mark.parametrize("direction", ["denoise", "noise", "zero"])
+def test_baselines_are_those_of_unpatched_runs(model, pictures, metric, direction):
+    table = mm.sites.residual(model, ("object",)) + mm.sites.patterns(model, layers=[1])
+    found = mm.patch(model, pictures, table, metric, direction, n_null=1, batch_size=2)
+    clean, corrupt = baselines(model, pictures, metric, batch_size=2)
+    assert torch.equal(found.clean, clean)
+    assert torch.equal(found.corrupt, corrupt)
+
+
+def test_cells_that_change_nothing_hold_exactly_the_baseline(model, pictures):
+    table = mm.sites.residual(model, ("last",), towers=["language"], layers=[0])
+    found = mm.patch(model, pictures, table, n_null=1)
+    assert torch.equal(found.values[0], found.corrupt)
+    assert (found.effects() == 0).all()
+
+
+def test_limits_do_not_change_what_is_found(model, pictures):
+    table = mm.sites.residual(model, ("object",)) + mm.sites.heads(model, layers=[1])
+    free = mm.patch(model, pictures, table, n_null=1)
+    for options in (
+        {"state": "disk", "tokens": 300},
+        {"state": "cpu", "budget": 10**6, "batch_size": 2},
+        {"budget": 1},
+    ):
+        bound = mm.patch(model, pictures, table, n_null=1, **options)
+        torch.testing.assert_close(bound.values, free.values, atol=1e-5, rtol=0)
+
+
+# Interventions of one's own ------------------------------------------------------------------
+
+
+def halved(now):
+    """Half of what is there."""
+    return now / 2
+
+
+@torch.no_grad()
+def test_a_function_is_applied_to_the_clean_prompt(model, pictures, tmp_path):
+    table = mm.sites.mlps(model, ("object",), towers=["language"], layers=[1])
+    found = mm.patch(model, pictures, table, direction=halved, n_null=1)
+    batch = next(pictures.batches(3))
+    mask = batch.clean.layout.mask("object")[..., None]
+
+    def edit(x, hook):
+        return torch.where(mask, x / 2, x)
+
+    logits = model.run_with_hooks(batch.clean, fwd_hooks=[("blocks.1.hook_mlp_out", edit)])
+    expected = mm.logit_diff(logits[:, -1], batch.answers)
+    torch.testing.assert_close(found.values[0], expected, atol=1e-5, rtol=0)
+    assert found.direction == "halved"
+    effect = (found.clean - found.values) / (found.clean - found.corrupt)
+    torch.testing.assert_close(found.effects(), effect)
+    loaded = mm.Patching.load(found.save(tmp_path / "run"))
+    assert loaded.direction == "halved"
+    assert torch.equal(loaded.effects(), found.effects())
+
+
+@torch.no_grad()
+def test_steering_adds_a_direction(model, pictures):
+    table = mm.sites.residual(model, ("last",), towers=["language"], layers=[2])
+    vector = torch.randn(model.cfg.d_model, generator=torch.Generator().manual_seed(0))
+    found = mm.patch(model, pictures, table, direction=mm.Steer(vector, 3.0), n_null=1)
+    batch = next(pictures.batches(3))
+
+    def edit(x, hook):
+        x[:, -1] += 3 * vector
+
+    logits = model.run_with_hooks(batch.clean, fwd_hooks=[("blocks.2.hook_resid_pre", edit)])
+    expected = mm.logit_diff(logits[:, -1], batch.answers)
+    torch.testing.assert_close(found.values[0], expected, atol=1e-5, rtol=0)
+    assert found.direction == "steer"
+
+
+def test_unfit_functions_are_refused(model, pictures):
+    def denoise(now):
+        return now
+
+    def wrong(now):
+        return now.sum(-1)
+
+    table = mm.sites.residual(model, ("last",))
+    with pytest.raises(ValueError, match="'denoise' is a direction already; name your function"):
+        mm.patch(model, pictures, table, direction=denoise)
+    with pytest.raises(InterventionError, match="must return one new value for each"):
+        mm.patch(model, pictures, table, direction=wrong)
+
+
+# Interrupts ----------------------------------------------------------------------------------
+
+
+def interrupted(model, pairs, table, after, **options):
+    """A run that is interrupted after so many reports."""
+    calls = []
+
+    def report(done, total):
+        calls.append(done)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+
+    return mm.patch(model, pairs, table, report=report, **options)
+
+
+@pytest.fixture(scope="module")
+def mixture(model):
+    return (
+        mm.sites.residual(model, ("object", "last"))
+        + mm.sites.heads(model, layers=[1])
+        + mm.sites.patches(model, layers=[1])
+    )
+
+
+@pytest.mark.parametrize("after", [0, 2, 5, 9])
+def test_an_interrupted_run_keeps_what_is_finished(model, pictures, mixture, after, tmp_path):
+    options = {"n_null": 2, "batch_size": 1, "tokens": 2000}
+    full = mm.patch(model, pictures, mixture, **options)
+    found = interrupted(model, pictures, mixture, after, **options)
+    known = ~found.values.isnan()
+    assert torch.equal(found.values[known], full.values[known])
+    assert found.interrupted
+    assert found.missing == int((~known).sum() + found.null.isnan().sum()) > 0
+    assert f"{found.missing} of {found.values.numel() + found.null.numel()}" in found.summary()
+    frame = found.to_dataframe()
+    for row, own in enumerate(known):
+        if own.any():
+            change = (full.values - full.corrupt)[row, own].mean()
+            expected = change / (full.clean - full.corrupt)[own].mean()
+            assert frame["effect"][row] == pytest.approx(float(expected), abs=1e-6)
+            alone = full.values[row, own].mean()
+            assert frame["value"][row] == pytest.approx(float(alone), abs=1e-6)
+        else:
+            assert np.isnan(frame.loc[row, ["effect", "low", "high", "value"]].astype(float)).all()
+    assert frame["low"].notna().tolist() == (known.sum(1) > 1).tolist()
+    assert set(found.plot()) == {"resid_pre", "heads", "patches", "strongest"}
+    found.page("Interrupted").html()
+    found.save(tmp_path / "run")
+    assert mm.Patching.load(tmp_path / "run").equals(found)
+
+
+def test_a_complete_run_is_not_interrupted(model, pictures, mixture):
+    found = mm.patch(model, pictures, mixture, n_null=1)
+    assert not found.interrupted
+    assert found.missing == 0
+    assert "missing" not in found.summary()
+
+
+def test_finished_and_interrupted_results_are_joined(model, pictures, mixture):
+    one = mm.patch(model, pictures[:1], mixture, n_null=0)
+    part = interrupted(model, pictures[1:], mixture, 3, n_null=0, batch_size=1)
+    joined = concat([one, part])
+    assert joined.finished.tolist() == [True, *part.finished.tolist()]
+    assert joined.interrupted
+    assert not joined.mean_effects().isnan().any()  # the first pair is whole
+
+
+# Figures -------------------------------------------------------------------------------------
+
+
+def made_up(table):
+    """A result with random numbers."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(len(table), 4, generator=random)
+    return mm.Patching(
+        values=values,
+        clean=torch.ones(4),
+        corrupt=torch.zeros(4),
+        null=torch.zeros(0, 4),
+        sites=table.table,
+        null_sites=table.table[:0],
+        direction="denoise",
+        metric="logit_diff",
+    )
+
+
+def test_every_kind_of_site_has_its_figure(model):
+    table = (
+        mm.sites.residual(model, ("image", "last"))
+        + mm.sites.heads(model, ("image", "last"))
+        + mm.sites.patterns(model)
+        + mm.sites.neurons(model, {1: [3, 200], 2: [5]}, ("last",))
+    )
+    found = made_up(table)
+    figures = found.plot()
+    assert set(figures) == {"resid_pre", "heads, image", "heads, last", "patterns", "strongest"}
+    assert "patterns" in figures["patterns"].layout.title.text
+    frame = found.to_dataframe()
+    for name, kind, span in (("heads, last", "head", "last"), ("patterns", "pattern", "all")):
+        rows = frame[(frame.kind == kind) & (frame.span == span) & (frame.tower == "language")]
+        wide = rows.pivot(index="layer", columns="head", values="effect")[::-1]
+        shown = figures[name].data[-1].z  # the language model stands last
+        np.testing.assert_allclose(shown, wide.to_numpy(float))
+    bars = found.strongest(15, ("head", "pattern", "neuron"))["label"].tolist()
+    assert list(figures["strongest"].layout.yaxis.ticktext) == bars
+    neuron = frame[frame.kind == "neuron"].iloc[1]
+    assert neuron["label"] == "language layer 1 neuron 200, last"
