@@ -114,7 +114,7 @@ class Engine:
             try:
                 logits = rerun.run(trials[own], entering.part(own))
             except torch.OutOfMemoryError:
-                self._halve(count)
+                self._halve(count, int(sizes[done : done + count].sum()))
                 continue
             yield trials[own], logits
             done += count
@@ -130,7 +130,7 @@ class Engine:
             try:
                 logits = self._whole(whole, rerun, own, rows)
             except torch.OutOfMemoryError:
-                self._halve(len(own))
+                self._halve(len(own), len(own) * self.size)
                 continue
             yield own[copy, prompt], logits
             done += count
@@ -147,15 +147,20 @@ class Engine:
         stream = whole.run(copies, towards=True)
         return rerun.run(numbers, replace(entering, enters=(stream, rows)))
 
-    def _halve(self, together: int) -> None:
-        """Make passes half as large; what does not fit alone cannot be run."""
+    def _halve(self, together: int, held: int) -> None:
+        """Make passes half as large as the one that did not fit; one trial cannot be halved.
+
+        Args:
+            together: trials, or copies of the batch, in the pass.
+            held: its tokens.
+        """
         if together == 1:
             raise torch.OutOfMemoryError(
-                "one trial alone does not fit into the device's memory; free some, or load the "
-                "model in a smaller dtype"
+                "one trial alone does not fit into the device's memory; free some, give a smaller "
+                "batch_size, or load the model in a smaller dtype"
             )
         torch.cuda.empty_cache()
-        self.tokens = max(1, self.tokens // 2)
+        self.tokens = max(1, min(self.tokens, held) // 2)
 
     @cached_property
     def size(self) -> int:

@@ -146,5 +146,5 @@ def alike(places: Places, spots: list[Spot], base: Batch, other: Batch, starts: 
 
 
 def _media_differ(base: Batch, other: Batch) -> bool:
-    tensors = ((v, other.extra.get(k)) for k, v in base.extra.items())
-    return any(isinstance(v, torch.Tensor) and not torch.equal(v, w) for v, w in tensors)
+    given = {name: v for name, v in base.extra.items() if isinstance(v, torch.Tensor)}
+    return not all(torch.equal(value, other.extra[name]) for name, value in given.items())

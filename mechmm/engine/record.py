@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -154,7 +154,7 @@ def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[
     return kept
 
 
-def _keeping(kept: dict[str, Tensor], hooks: Iterable[str]) -> list[tuple[str, Callable]]:
+def _keeping(kept: dict[str, Tensor], hooks: Iterable[str]) -> list[Any]:
     return [(name, partial(_keep, kept)) for name in sorted(set(hooks))]
 
 

@@ -263,7 +263,7 @@ class _Chunk:
         """Keys and values of the whole prompt, those of the tokens computed anew."""
         reenter = Reenter(tokens, self.recording.blocks[layer], collect=True)
         q = self.tower.linear(layer, "q")
-        skipped = {} if q is None else {q: _zeros(q)}
+        skipped: dict[nn.Module, Callable] = {} if q is None else {q: _zeros(q)}
         with self._again(layer, reenter), frozen(skipped):
             try:
                 self._block(layer, tokens, hidden, BEFORE_KEYS)
@@ -367,7 +367,7 @@ class _Chunk:
         self, layer: int, tokens: Tokens, only: tuple[str, ...] = (), rows: Ints | None = None
     ) -> Iterator[None]:
         """While it lasts, the changes inside a block are made at the tokens."""
-        hooks = [
+        hooks: list[Any] = [
             (hook, self._changes(hook, np.flatnonzero(self.hook == number), tokens, rows))
             for number, hook in enumerate(self.of.places.hooks)
             if self._inside(number, layer, only)

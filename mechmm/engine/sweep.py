@@ -134,6 +134,7 @@ class _Run:
             answers = prepared(sweep.model, batch.clean, batch.answers, sweep.metric)
             parts = readings(base, answers, sweep.metric)
             self.batch(batch.indices, places, donor.values(batch, places), parts, answers)
+        self._progress(self.work - self.done)
 
     def batch(
         self,
@@ -153,24 +154,24 @@ class _Run:
                 places, values = pruned(engine, places, values)
             alone = part.reduce(engine.base, answers).float().cpu()
             base += alone
-            sums += alone.repeat(sites)
+            before, sums = sums, sums + alone.repeat(sites)
             last = number == len(parts) - 1
             if last:
                 self._note(columns, places, sums, base)
-            before = alone.repeat(sites)
             for trials, logits in engine.run(places, values):
                 own = torch.as_tensor(trials)
                 prompts = torch.as_tensor(places.prompts[trials], device=logits.device)
                 found = part.reduce(logits, answers[prompts]).float().cpu()
-                sums[own] += found - before[own]
+                sums[own] = before[own] + found
                 if last:
                     self.values[own // len(indices), columns[own % len(indices)]] = sums[own]
                 self._progress(weights[trials].sum())
+            self.tokens = engine.tokens  # fewer where memory ran out
         skipped = np.setdiff1d(np.arange(len(weights)), places.trial)
         self._progress(weights[skipped].sum() * len(parts))
 
     def _engine(self, part: Reading, places: Places) -> Engine:
-        engine = Engine(
+        return Engine(
             self.sweep.model,
             part.batch,
             places.hooks,
@@ -180,8 +181,6 @@ class _Run:
             shelf=self.shelf,
             reuse=self.reuse,
         )
-        self.tokens = engine.tokens
-        return engine
 
     def _note(self, columns: Tensor, places: Places, sums: Tensor, base: Tensor) -> None:
         """Fill in the baseline, and the cells that take no run: they hold exactly that."""

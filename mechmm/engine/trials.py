@@ -68,8 +68,8 @@ class Entries:
         layers = [s.layer if s.tower == LANGUAGE else ELSEWHERE for s in spots]
         entries = [int(spot.entry) for spot in spots]
         names = np.array([name.rpartition(".")[2] for name in places.hooks])
-        both = (np.array(kind, dtype=np.int64) for kind in (layers, entries))
-        return cls(places, *both, names, starts, wanted, last)
+        layer, entry = (np.array(kind, dtype=np.int64) for kind in (layers, entries))
+        return cls(places, layer, entry, names, starts, wanted, last)
 
     def trials(self, trials: Ints) -> Trials:
         """Where some trials enter that change the language model alone."""

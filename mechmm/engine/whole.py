@@ -87,7 +87,7 @@ class Whole:
                 forwards[block] = constant(_tiled(output, len(copies), tower))
         return forwards
 
-    def _hooks(self, copies: Ints) -> list[tuple[str, Callable]]:
+    def _hooks(self, copies: Ints) -> list[Any]:
         """Hooks that make the changes of all copies."""
         number = np.full(len(self.places.prompts), -1)
         copy, _ = np.nonzero(copies >= 0)
