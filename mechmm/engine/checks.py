@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,10 +12,14 @@ from mechmm.data.metrics import READS_ANSWERS, Metric
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS
+from mechmm.engine.shelf import Keep
 from mechmm.engine.sites import Sites
-from mechmm.engine.source import Source, applied
+from mechmm.engine.source import Named, Source, applied
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
+
+BASES = ("clean", "corrupt")
+"""The prompts of a pair, one of which runs."""
 
 
 class SiteError(ValueError):
@@ -67,6 +73,18 @@ def neurons_of(model: HookedMultimodal, hook: str) -> int:
         raise SiteError(f"{hook} has no neurons")
     linear = tower.linear(layer, "mlp_out") if ".mlp." in hook else None
     return tower.cfg.d_model if linear is None else linear.in_features
+
+
+def check_choices(base: str, source: Source, state: str) -> None:
+    """Refuse names that mean nothing.
+
+    Raises:
+        ValueError: with the names there are.
+    """
+    named = () if callable(source) else (("source", source, get_args(Named)),)
+    for what, given, known in (("base", base, BASES), ("state", state, get_args(Keep)), *named):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; use {', '.join(known)}")
 
 
 def check_function(model: HookedMultimodal, sites: Sites, source: Source) -> None:

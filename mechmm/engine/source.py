@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -65,8 +65,6 @@ class Donor:
         seed: int,
         batch_size: int,
     ) -> None:
-        if not callable(source) and source not in get_args(Named):
-            raise ValueError(f"unknown source {source!r}; use {', '.join(get_args(Named))}")
         self.model, self.pairs, self.sites, self.source = model, pairs, sites, source
         self.seed = seed
         self.hooks = sites.table["hook"].unique().tolist()

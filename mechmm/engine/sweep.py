@@ -14,7 +14,13 @@ from torch import Tensor
 from mechmm.data.metrics import Answers, Metric, Reading, logit_diff, prepared, readings
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.calibrate import DEFAULT
-from mechmm.engine.checks import check_function, check_metric, check_places, check_sites
+from mechmm.engine.checks import (
+    check_choices,
+    check_function,
+    check_metric,
+    check_places,
+    check_sites,
+)
 from mechmm.engine.compile import compiled
 from mechmm.engine.engine import Engine
 from mechmm.engine.located import located
@@ -82,6 +88,7 @@ class Sweep:
     state: Keep = "device"
 
     def __post_init__(self) -> None:
+        check_choices(self.base, self.source, self.state)
         check_sites(self.model, self.sites)
         check_function(self.model, self.sites, self.source)
         check_metric(self.model, self.pairs, self.metric)
