@@ -12,7 +12,7 @@ import torch
 from mechmm.data.metrics import READS_ANSWERS, readings
 from mechmm.data.pairs import PairBatch
 from mechmm.engine.cost import Cost, Shape
-from mechmm.engine.engine import first_seen, seen_positions
+from mechmm.engine.engine import earliest, first_seen, seen_positions
 from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS, Ints, Spot, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
@@ -219,23 +219,25 @@ class _Compiler:
         seen: Ints,
     ) -> Cells:
         """What trials run that begin before the language model, or know no other way."""
-        places = entries.places
-        order = sorted(range(len(spots)), key=lambda number: spots[number])
-        ranks = np.empty(len(spots), dtype=np.int64)
-        ranks[order] = np.arange(len(spots))
-        earliest = np.full(len(places.prompts), len(spots))
-        np.minimum.at(earliest, places.trial, ranks[places.hook])
+        blocks = dict(sorted(((spot.stage, spot.layer), spot) for spot in spots))
+        begins, prompts = (
+            column[begun] for column in (earliest(entries.places, spots), entries.places.prompts)
+        )
         towards = self.resumed and reuse and not self.model.family.deepstack(self.model.config)
-        costs = np.array([self._through(spots[n], shape, towards, reuse) for n in order])
-        flops = costs[earliest[begun]] / shape.prompts
+        costs = np.array([self._through(s, shape, towards, reuse) for s in blocks.values()])
+        alone = self.model.family.output == "logits_per_image"  # every image meets every text
+        flops = costs[begins] / (1 if alone else shape.prompts)
         first = np.zeros_like(begun)
         if towards:
             trials = entries.embedded(begun, seen)
             first = trials.start
             flops = flops + self.cost.trials(trials, changes[begun], shape)
-        most = np.bincount(places.prompts[begun]).max()
+        copies = np.zeros((len(blocks), shape.prompts), dtype=np.int64)
+        np.add.at(copies, (begins, prompts), 1)
         size = shape.prompts * shape.width + sum(r * p for r, p in shape.rows_of.values())
-        return Cells(changes, first, flops, -(-int(most) // max(1, self.tokens // size)), 0.0)
+        ran = copies.sum(1) if alone else copies.max(1)
+        passes = -(-ran // max(1, self.tokens // size))
+        return Cells(changes, first, flops, int(passes.sum()), 0.0)
 
     def _through(self, spot: Spot, shape: Shape, towards: bool, reuse: bool) -> float:
         """Operations of one copy of the batch from a spot on, up to the language model's blocks or

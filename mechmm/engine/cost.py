@@ -26,12 +26,13 @@ class Blocks:
     """Weights that a token meets in every block of a tower [layer].
 
     Attributes:
-        whole: all of them; attn: those of attention; keys: those of keys and values; heads: query
-            heads times their size.
+        whole: all of them; attn: those of attention; queries: those of queries, keys and values;
+            keys: those of keys and values; heads: query heads times their size.
     """
 
     whole: Ints
     attn: Ints
+    queries: Ints
     keys: Ints
     heads: Ints
 
@@ -40,14 +41,20 @@ class Blocks:
         """Of the modules as they are."""
         layers = range(len(tower.blocks))
         attn = [tower.part(i, "attn", "") for i in layers]
-        keys = [[tower.linear(i, name) for name in ("k", "v", "qkv")] for i in layers]
         columns = (
             [weights(block) for block in tower.blocks],
             [0 if module is None else weights(module) for module in attn],
-            [sum(weights(module) for module in some if module is not None) for some in keys],
+            [_linears(tower, i, ("q", "k", "v", "qkv")) for i in layers],
+            [_linears(tower, i, ("k", "v", "qkv")) for i in layers],
             [tower.heads(i) * tower.d_head(i) for i in layers],
         )
         return cls(*(np.array(column, dtype=np.int64) for column in columns))
+
+
+def _linears(tower: Tower, layer: int, names: tuple[str, ...]) -> int:
+    """Weights of some projections of a block."""
+    found = (tower.linear(layer, name) for name in names)
+    return sum(weights(module) for module in found if module is not None)
 
 
 def weights(module: nn.Module) -> int:
@@ -119,7 +126,15 @@ class Cost:
         known = np.where((trials.entry != Entry.WHOLE) & (joins == last), tokens, known)
         block = 2 * ends * blocks.whole[last] + 4 * ends * shape.width * blocks.heads[last]
         total += within * (2 * known * blocks.keys[last] + block)
-        return total + self.head(shape)
+        return total - self._shared(trials, shape) + self.head(shape)
+
+    def _shared(self, trials: Trials, shape: Shape) -> np.ndarray:
+        """What is saved because projections of unchanged positions are computed once [trial]."""
+        queries, layer = self.blocks[LANGUAGE].queries, trials.layer
+        there = trials.shared > 0
+        sharing = np.bincount(layer, there, len(queries)).clip(min=1)
+        once = there * shape.prompts * shape.width / sharing[layer]
+        return 2 * (trials.shared - once) * queries[layer]
 
     def laid_out(self, trials: Trials, shape: Shape) -> np.ndarray:
         """What the block that trials enter costs them more where it runs whole prompts [trial]."""

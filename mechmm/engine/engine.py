@@ -121,9 +121,11 @@ class Engine:
 
     def _begin(self, whole: Whole, rerun: Rerun | None, trials: Ints) -> Found:
         """Trials that change something before the language model, or a model of another kind."""
-        copies, done = self._copies(whole, trials), 0
+        copies, begins = self._copies(whole, trials)
+        done = 0
         while done < len(copies):
-            count = max(1, self.tokens // self.size)
+            alike = int((begins[done:] == begins[done]).cumprod().sum())
+            count = min(alike, max(1, self.tokens // self.size))
             own = copies[done : done + count]
             copy, prompt = np.nonzero(own >= 0)
             rows = copy * own.shape[1] + prompt
@@ -167,23 +169,32 @@ class Engine:
         """Positions of one copy of the batch in the language model and the towers together."""
         return max(self.batch.input_ids.numel() + seen_positions(self.batch.layout), 1)
 
-    def _copies(self, whole: Whole, trials: Ints) -> Ints:
-        """Trials as copies of the batch [copy, prompt], those that begin alike together."""
-        places, spots = whole.places, whole.spots
-        ranks = np.argsort(sorted(range(len(spots)), key=lambda number: spots[number]))
-        first = np.full(len(places.prompts), len(spots))
-        np.minimum.at(first, places.trial, ranks[places.hook])
+    def _copies(self, whole: Whole, trials: Ints) -> tuple[Ints, Ints]:
+        """Trials as copies of the batch [copy, prompt], in the order of the blocks that they
+        change first; and the number of that block [copy]."""
+        first = earliest(whole.places, whole.spots)
         ordered = trials[np.argsort(first[trials], kind="stable")]
-        prompts = places.prompts[ordered]
+        prompts = whole.places.prompts[ordered]
         if self.model.family.output == "logits_per_image":  # every image meets every text
             copies = np.full((len(ordered), len(self.batch)), -1)
             copies[np.arange(len(ordered)), prompts] = ordered
-            return copies
-        columns = [ordered[prompts == prompt] for prompt in range(len(self.batch))]
-        copies = np.full((max(map(len, columns)), len(columns)), -1)
-        for prompt, column in enumerate(columns):
-            copies[: len(column), prompt] = column
-        return copies
+        else:
+            columns = [ordered[prompts == prompt] for prompt in range(len(self.batch))]
+            copies = np.full((max(map(len, columns)), len(columns)), -1)
+            for prompt, column in enumerate(columns):
+                copies[: len(column), prompt] = column
+        begins = np.where(copies < 0, len(whole.spots), first[copies])
+        return copies, begins.min(1)
+
+
+def earliest(places: Places, spots: list[Spot]) -> Ints:
+    """Number of the block, in the order of the run, that every trial changes first [trial]; that of
+    the spots where it changes nothing."""
+    blocks = [(spot.stage, spot.layer) for spot in spots]
+    ranks = np.array([sorted(set(blocks)).index(block) for block in blocks], dtype=np.int64)
+    first = np.full(len(places.prompts), len(spots))
+    np.minimum.at(first, places.trial, ranks[places.hook])
+    return first
 
 
 def seen_positions(layout: TokenLayout) -> int:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
 from mechmm.engine.head import Head
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Places, Spot, Values, halves, index
+from mechmm.engine.projections import Projections
 from mechmm.engine.record import Recording
 from mechmm.engine.shelf import pick
 from mechmm.engine.tokens import Reenter, Tokens
@@ -56,6 +57,7 @@ class Rerun:
         real = recording.batch.attention_mask > 0
         reached = starts(recording.blocks, real).cpu().numpy()
         self.entries = Entries.of(places, spots, reached, self.wanted, self.last)
+        self.projections = Projections(self.tower, recording)
 
     @torch.no_grad()
     def run(self, numbers: Ints, trials: Trials) -> Float[Tensor, "trial token vocab"]:
@@ -227,8 +229,19 @@ class _Chunk:
         return [found for name in QUERY_ROWS for found in self._at(layer, name)]
 
     def _attended(self, layer: int, tokens: Tokens, hidden: Tensor) -> Tensor:
-        with self._again(layer, Reenter(tokens, self.recording.blocks[layer])):
+        known = self.of.projections.forwards(layer, tokens, self._unchanged(layer, tokens))
+        with self._again(layer, Reenter(tokens, self.recording.blocks[layer])), frozen(known):
             return self._block(layer, tokens, hidden)
+
+    def _unchanged(self, layer: int, tokens: Tokens) -> np.ndarray:
+        """Which tokens enter a block as recorded, where it is worth knowing [token]."""
+        fresh = (self.trials.layer == layer) & (self.trials.shared > 0)
+        mask = fresh[tokens.trial]
+        if mask.any():
+            changed = self._changed(layer, np.flatnonzero(fresh))
+            at = tokens.at[changed.trial, changed.position]
+            mask[at[at >= 0]] = False
+        return mask
 
     def _again(self, layer: int, reenter: Reenter) -> AbstractContextManager:
         core = self.tower.part(layer, "attn", self.tower.row.core)

@@ -22,8 +22,10 @@ from mechmm.engine.record import BY_TOKEN, Block
 from mechmm.engine.shelf import pick
 from mechmm.model.attention import Compute, States
 
-TILE = 32
-"""Queries whose causal attention is computed together."""
+TILES = {"cpu": 32}
+TILE = 256
+"""Positions whose attention is computed together, by kind of device: fewer of them see fewer keys
+in vain, more of them keep a large device busy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,71 +103,113 @@ class Tokens:
 
     @cached_property
     def trials(self) -> Ints:
-        """The trials that have tokens, in the order of their tokens."""
-        first = np.ones(len(self), dtype=bool)
-        first[1:] = self.trial[1:] != self.trial[:-1]
-        return self.trial[first]
+        """The trials that have tokens, by number."""
+        return np.unique(self.trial)
 
     @cached_property
-    def _slots(self) -> tuple[Ints, Ints]:
-        """(which of `trials`, how manieth of its tokens) of every token."""
-        first = np.ones(len(self), dtype=bool)
-        first[1:] = self.trial[1:] != self.trial[:-1]
-        of = first.cumsum() - 1
-        return of, np.arange(len(self)) - first.nonzero()[0][of]
+    def rows(self) -> Tensor:
+        """Which of `trials` every token belongs to [token]."""
+        return self.tensor(np.searchsorted(self.trials, self.trial))
 
     @cached_property
-    def slots(self) -> tuple[Tensor, Tensor]:
-        """As `_slots`, on the device."""
-        of, rank = self._slots
-        return self.tensor(of), self.tensor(rank)
+    def _rooms(self) -> dict[str, Tensor]:
+        return {}
+
+    def laid_out(self, name: str, recorded: Tensor) -> Tensor:
+        """Recorded keys or values of every trial [trial, head, pos, d_head], in memory that is
+        used anew for each block: to ask for it takes longer than to fill it."""
+        shape = (len(self.trials), *recorded.shape[1:])
+        room = self._rooms.get(name)
+        if room is None or room.shape != shape:
+            self._rooms[name] = room = recorded.new_empty(shape, device=self.device)
+        recorded = recorded.to(self.device)
+        if len(recorded) > 1:
+            prompts = self.tensor(self.prompts[self.trials])
+            return torch.index_select(recorded, 0, prompts, out=room)
+        known = self._known
+        room[:, :, :known].copy_(recorded[:, :, :known].expand(shape[0], -1, -1, -1))
+        return room
 
     @cached_property
-    def padded(self) -> np.ndarray:
-        """Position of every token by trial [trial, token], 0 where a trial has fewer tokens."""
-        of, rank = self._slots
-        table = np.zeros((len(self.trials), int(rank.max()) + 1), dtype=np.int64)
-        table[of, rank] = self.position
-        return table
-
-    @cached_property
-    def aligned(self) -> bool:
-        """Whether all trials have the same positions."""
-        return bool((self.padded == self.padded[0]).all()) and self.padded.size == len(self)
+    def _known(self) -> int:
+        """The position behind the last one where a trial has no token."""
+        _, missing = np.nonzero(self.at[self.trials] < 0)
+        return int(missing.max(initial=-1)) + 1
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """Causal attention in parts: queries by rank, each with the keys that some of them see."""
-        rows = self.padded[:1] if self.aligned else self.padded
-        found = []
-        for start in range(0, self.padded.shape[1], TILE):
-            queries = slice(start, start + TILE)
-            seen = int(rows[:, queries].max()) + 1
-            keys = torch.arange(seen, device=self.device)
-            visible = keys <= self.tensor(rows[:, queries])[..., None]
-            found.append(Tile(queries, seen, visible[:, None]))
+        """The tokens by position, those at the end of the prompts together."""
+        table, found = self.at[self.trials], []
+        size = TILES.get(self.device.type, TILE)
+        for end in range(self.width, int(self.position.min()), -size):
+            positions = np.arange(max(0, end - size), end)
+            there = table[:, positions] >= 0
+            columns, rows = there.any(0), there.any(1)
+            if rows.any():
+                numbers = table[:, positions[columns]][rows]
+                found.append(Tile(np.flatnonzero(rows), positions[columns], numbers, self.device))
         return found
 
-    def mask(self, block: Block) -> Tensor:
-        """What every token sees where the block has a mask: [trial, 1, token, key]."""
-        assert block.mask is not None
-        own = self.prompts[self.trials] if len(block.mask) > 1 else np.zeros_like(self.trials)
-        return block.mask[self.tensor(own)[:, None], 0, self.tensor(self.padded)][:, None]
+    def visible(self, tile: Tile, block: Block) -> Tensor | None:
+        """What the queries of a tile see [trial or 1, 1, query, key]; None: every key."""
+        at = self.tensor(tile.positions)
+        if block.mask is not None:
+            own = self.prompts[self.trials[tile.rows]]
+            own = own if len(block.mask) > 1 else np.zeros(1, dtype=np.int64)
+            return block.mask[self.tensor(own)[:, None], 0, at][:, None]
+        if not block.causal:
+            return None
+        keys = torch.arange(tile.keys(block, self.width), device=self.device)
+        return (keys <= at[:, None])[None, None]
 
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """Some queries, and what they see.
+    """Neighbouring positions of some trials.
 
     Attributes:
-        queries: their ranks.
-        keys: how many of the first keys they see.
-        visible: [trial or 1, 1, query, key].
+        rows: which trials, of those that have tokens [row].
+        positions: theirs [query].
+        tokens: their numbers, -1 where a trial has none [row, query].
+        device: of the tensors.
     """
 
-    queries: slice
-    keys: int
-    visible: Tensor
+    rows: Ints
+    positions: Ints
+    tokens: Ints
+    device: torch.device
+
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return torch.as_tensor(self.tokens.clip(min=0), device=self.device)
+
+    @cached_property
+    def _own(self) -> tuple[Tensor, Tensor]:
+        """(place among rows and queries, number) of every token."""
+        flat = self.tokens.flatten()
+        there = np.flatnonzero(flat >= 0)
+        return tuple(torch.as_tensor(part, device=self.device) for part in (there, flat[there]))  # type: ignore[return-value] - two of them
+
+    def keys(self, block: Block, width: int) -> int:
+        """How many of the first keys are all that the queries see."""
+        causal = block.mask is None and block.causal
+        return int(self.positions[-1]) + 1 if causal else width
+
+    def some(self, states: Tensor) -> Tensor:
+        """Keys or values of these trials, of [trial, ...]; without a copy where they come first."""
+        count = len(self.rows)
+        if self.rows[-1] + 1 == count:
+            return states[:count]
+        return states[torch.as_tensor(self.rows, device=states.device)]
+
+    def queries(self, states: Tensor) -> Tensor:
+        """Queries [row, head, query, d_head], of [token, head, d_head]."""
+        return states[self._numbers].transpose(1, 2)
+
+    def put(self, found: Tensor, z: Tensor) -> None:
+        """Put z of the tile [row, query, head, d_head] into that of all tokens."""
+        place, numbers = self._own
+        z[numbers] = found.flatten(0, 1)[place]
 
 
 class Reenter:
@@ -187,45 +231,25 @@ class Reenter:
 
     def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
         query, *own = states
-        recorded = self.known or (self.block.keys, self.block.values)
-        key, value = (self._whole(r, new) for r, new in zip(recorded, own, strict=True))
+        key, value = self._recorded()
+        for whole, new in zip((key, value), own, strict=True):
+            whole[self.tokens.rows, :, self.tokens.index[1]] = new[0].transpose(0, 1)
         if self.collect:
             raise Halt((key, value))
-        z = self._by_trial_z(self._by_trial(query), key, value, compute)
-        if self.tokens.aligned:
-            return z.flatten(0, 1)[None]
-        return z[self.tokens.slots][None]
+        by_token = query[0].transpose(0, 1)  # [token, head, d_head]
+        z = value.new_empty(*by_token.shape[:2], value.shape[-1])
+        for tile in self.tokens.tiles:
+            seen = tile.keys(self.block, self.tokens.width)
+            keys, values = (tile.some(state)[:, :, :seen] for state in (key, value))
+            states = (tile.queries(by_token), keys, values)
+            tile.put(compute(states, self.tokens.visible(tile, self.block)), z)
+        return z[None]
 
-    def _by_trial_z(self, query: Tensor, key: Tensor, value: Tensor, compute: Compute) -> Tensor:
-        """z [trial, token, head, d_head]."""
-        tokens, block = self.tokens, self.block
-        if block.mask is not None:
-            return compute((query, key, value), tokens.mask(block))
-        whole = tokens.aligned and tokens.padded.shape[1] == tokens.width
-        if whole or not block.causal:
-            return compute((query, key, value), None)
-        parts = [
-            compute((query[:, :, t.queries], key[:, :, : t.keys], value[:, :, : t.keys]), t.visible)
-            for t in tokens.tiles
-        ]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-
-    def _whole(self, recorded: Tensor | None, own: Tensor) -> Tensor:
-        """Keys or values of the whole prompt [trial, head, pos, d_head]."""
-        assert recorded is not None
-        tokens = self.tokens
-        if self.known is None:
-            prompts = torch.as_tensor(tokens.prompts[tokens.trials])
-            recorded = pick(recorded, prompts, device=tokens.device)
-        recorded[tokens.slots[0], :, tokens.index[1]] = own[0].transpose(0, 1)
-        return recorded
-
-    def _by_trial(self, query: Tensor) -> Tensor:
-        """Queries [trial, head, token, d_head], 0 where a trial has fewer tokens."""
-        tokens = self.tokens
-        if tokens.aligned:
-            return query[0].unflatten(1, tokens.padded.shape).transpose(0, 1)
-        shape = (*tokens.padded.shape, query.shape[1], query.shape[3])
-        padded = query.new_zeros(shape)
-        padded[tokens.slots] = query[0].transpose(0, 1)
-        return padded.transpose(1, 2)
+    def _recorded(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole prompt [trial, head, pos, d_head]."""
+        if self.known is not None:
+            return self.known
+        keys, values = self.block.keys, self.block.values
+        assert keys is not None
+        assert values is not None
+        return self.tokens.laid_out("keys", keys), self.tokens.laid_out("values", values)

@@ -25,6 +25,8 @@ class Trials:
     Attributes:
         layer, entry: [trial].
         start: first position that it can change [trial].
+        shared: positions behind it that enter block `layer` unchanged, where so many trials have
+            such that their projections are computed once for all of them; else 0 [trial].
         enters: stream with which trials that come from another tower enter at block 0, and the
             row of every trial in it, or None.
     """
@@ -32,11 +34,15 @@ class Trials:
     layer: Ints
     entry: Ints
     start: Ints
+    shared: Ints
     enters: tuple[Tensor, Ints] | None = None
 
     def part(self, numbers: np.ndarray | slice) -> Trials:
         """Some of the trials."""
-        return Trials(self.layer[numbers], self.entry[numbers], self.start[numbers], self.enters)
+        layer, entry, start, shared = (
+            column[numbers] for column in (self.layer, self.entry, self.start, self.shared)
+        )
+        return Trials(layer, entry, start, shared, self.enters)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +88,9 @@ class Entries:
         layer, entry = np.divmod(first[trials], len(Entry))
         entry[self._several(own, layer, entry, trials)] = Entry.WHOLE
         entry[layer > self.last] = Entry.END
-        return Trials(layer.clip(max=self.last), entry, self._start(own, trials))
+        layer, start = layer.clip(max=self.last), self._start(own, trials)
+        shared = self._shared(own, trials, layer, entry, start)
+        return Trials(layer, entry, start, shared)
 
     def embedded(self, trials: Ints, seen: Ints) -> Trials:
         """Where some trials enter that change something before the blocks as well.
@@ -93,7 +101,8 @@ class Entries:
         own = self.places.of(trials)
         own = own[self.layers[self.places.hook[own]] != ELSEWHERE]
         zeros = np.zeros_like(trials)
-        return Trials(zeros, np.full_like(zeros, Entry.WHOLE), self._start(own, trials, seen))
+        start = self._start(own, trials, seen)
+        return Trials(zeros, np.full_like(zeros, Entry.WHOLE), start, zeros)
 
     def _start(self, own: Ints, trials: Ints, seen: Ints | None = None) -> Ints:
         """The first position that a trial reaches, of those that are read at the latest."""
@@ -103,6 +112,20 @@ class Entries:
             position = np.minimum(position, seen[prompts])
         np.minimum.at(position, self.places.trial[own], self.places.position[own])
         return self.starts[prompts[trials], position[trials]]
+
+    def _shared(self, own: Ints, trials: Ints, layer: Ints, entry: Ints, start: Ints) -> Ints:
+        """Positions that enter a trial's block unchanged; 0 in a block where they are fewer, in all
+        trials together, than all positions of the prompts."""
+        places, (count, width) = self.places, self.starts.shape
+        first = np.full(len(places.prompts), ELSEWHERE)
+        first[trials] = layer
+        own = own[self.layers[places.hook[own]] == first[places.trial[own]]]
+        changed = np.unique(places.trial[own] * width + places.position[own]) // width
+        changes = np.bincount(changed, minlength=len(places.prompts))[trials]
+        may = (entry == Entry.WHOLE) & (layer < self.last)
+        shared = may * (width - start - changes)
+        total = np.bincount(layer, shared, self.last + 1)
+        return shared * (total > count * width)[layer]
 
     def _several(self, own: Ints, layer: Ints, entry: Ints, trials: Ints) -> np.ndarray:
         """Which trials change several hooks at their entry, where each would undo the other."""

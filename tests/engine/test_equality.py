@@ -7,6 +7,7 @@ import torch
 from full_runs import Change, Subject, Trial, engine_runs, error, hooks_of
 
 from mechmm.engine.plan import fallbacks
+from mechmm.engine.projections import Projections
 from mechmm.model.families import FAMILIES
 from mechmm.testing import RECIPES
 
@@ -106,6 +107,31 @@ def test_several_changes_of_a_trial_act_together(family, add):
     assert len(trials) >= len(TOGETHER) / 2
     found = engine_runs(subject.engine(trials, tokens=900), trials)
     assert error(found, subject.full_runs(trials)) < CLOSE
+
+
+@pytest.mark.parametrize("family", [family for family in RECIPES if family not in WHOLE])
+def test_projections_of_unchanged_positions_are_computed_once(family, monkeypatch):
+    subject, known = Subject(family), []
+    forwards = Projections.forwards
+
+    def spy(self, layer, tokens, unchanged):
+        known.append(int(unchanged.sum()))
+        return forwards(self, layer, tokens, unchanged)
+
+    monkeypatch.setattr(Projections, "forwards", spy)
+    hooks = [
+        f"blocks.1.{name}" for name in ("hook_resid_pre", "attn.hook_k", "ln1.hook_normalized")
+    ]
+    trials = [
+        Trial(prompt, (subject.change(hook, prompt, at / 12),))
+        for hook in hooks
+        if hook in subject.cache
+        for prompt in (0, 1)
+        for at in range(1, 9, 2)
+    ]
+    found = engine_runs(subject.engine(trials, tokens=200), trials)
+    assert error(found, subject.full_runs(trials)) < CLOSE
+    assert any(known), "all positions were computed for every trial"
 
 
 def test_one_entry_of_the_stream_can_be_changed():
