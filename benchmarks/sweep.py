@@ -63,14 +63,16 @@ from mechmm.testing.vocabulary import WORDS, token
 OURS, RAW, BOUND = "mechmm", "Hugging Face, one hook", "rate of matrix products"
 GROWTH = "growth"
 SHAPES = {
-    "small": OVERHEAD["small"],
+    "small": replace(OVERHEAD["small"], hidden=512),
+    "wide": OVERHEAD["small"],
     "7b": OVERHEAD["7b"],
     "tiny": Shape(4, 64, 4, 7, 16, 4, 64, 4, 128, 512, real=False),
 }
-"""`tiny` is what `--quick` takes."""
+"""`wide` is `small` with MLPs of twice the width, `tiny` is what `--quick` takes."""
 BEFORE, CHANGED = 4, 6
 """Words before the picture, after the first token; and which word behind it, from 0, is another one
 in a pair of texts."""
+SPANS = ("image", "question", "last")
 ANSWER, FOIL = "red", "blue"
 SHARPNESS = 2.0
 """Weights of the language model have this standard deviation times d^-0.5, those of the vision
@@ -231,9 +233,10 @@ def heads(task: Task, tower: str) -> Sites:
 
 
 def mixed(task: Task) -> Sites:
-    """A first look: both towers' residual stream by span, heads, MLPs and attention."""
+    """A first look: residual stream, heads, MLPs and attention of both towers, span by span."""
     kinds = (mm.sites.residual, mm.sites.heads, mm.sites.mlps, mm.sites.attention)
-    return Sites(pd.concat([kind(task.hooked).table for kind in kinds], ignore_index=True))
+    tables = [kind(task.hooked, SPANS).table for kind in kinds]
+    return Sites(pd.concat(tables, ignore_index=True))
 
 
 RESIDUAL = Job("residual, image pair", "image", residual, 11)
@@ -524,9 +527,9 @@ def operations(shape: Shape, positions: int, layer: int, at: int) -> int:
 
     Counted are products with weights and (causal) attention: in every block from `layer` on, at
     every position from `at` on; in the last block only keys and values there, and everything else
-    at the last position; then two logits. Keys and values before `at` are there already. (In block
-    `layer` itself only one position's queries, keys and values are new: a few per cent could still
-    be saved.)
+    at the last position; then two logits. Keys and values before `at` are there already. (In
+    block `layer` itself only one position's queries, keys and values are new, so that a few per
+    cent less is possible.)
     """
     new, width, block = positions - at, shape.width, per_token(shape)
     seen = (positions * (positions + 1) - at * (at + 1)) // 2  # by all new positions together

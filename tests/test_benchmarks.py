@@ -49,6 +49,32 @@ def test_overhead_patches_change_the_logits(script):
         assert not torch.allclose(ours.patch_head()[0], plain)
 
 
+def test_sweep(script, tmp_path, capsys):
+    sweep, timing = script("sweep"), script("_timing")
+    toy = sweep.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8)
+    rows = sweep.measure(toy, rounds=1, sample=2)
+    timing.report(rows, tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["job"].split(":")[0].split(", floating")[0] for row in written} == {
+        job.name for job in sweep.JOBS.values()
+    }
+    assert "values within" in capsys.readouterr().out
+    for row in written:
+        if row["note"] is None:
+            assert row["ratio"] == pytest.approx(row["theirs"] / row["ours"])
+            assert row["cells"] >= 2
+        else:
+            assert row["against"] == sweep.NNSIGHT
+
+
+def test_the_bound_of_a_sweep_is_the_sum_over_its_cells(script):
+    sweep = script("sweep")
+    shape = sweep.Shape(2, 32, 2, 3, 4, 3, 32, 2, 64, 64, 8)
+    last = sweep.operations(shape, 20, 2, 19)
+    assert sweep.operations(shape, 20, 1, 19) - last == sweep.per_token(shape) + 4 * 32 * 20
+    assert sweep.bound(shape, 20) > 3 * 20 * last
+
+
 def test_goals(script):
     compare = script("_timing").compare
     row = compare("job", "peer", "ms", [2.0, 3.0, 4.0], [4.0, 4.0, 4.0], "<= 0.75")

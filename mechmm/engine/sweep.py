@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,7 @@ Report = Callable[[int, int], None]
 """Called with (work done, work in all)."""
 TOGETHER = 4096
 """Places that are compared at once."""
+UNMATCHED = "final norm and unembedding do not give the model's logits: trials run whole prompts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +47,7 @@ class Swept:
         base: the metric of the unchanged prompts [example].
         complete: whether every cell was reached.
         run: cells that took a run; the others hold exactly the baseline.
-        plan: what was planned.
+        plan: what was planned, with a note where a run had to be another.
     """
 
     values: Float[Tensor, "site example"]
@@ -178,7 +179,7 @@ class _Run:
         self._progress(weights[skipped].sum() * len(parts))
 
     def _engine(self, part: Reading, places: Places) -> Engine:
-        return Engine(
+        engine = Engine(
             self.sweep.model,
             part.batch,
             places.hooks,
@@ -188,6 +189,9 @@ class _Run:
             shelf=self.shelf,
             reuse=self.reuse,
         )
+        if engine.recording.blocks and engine.head is None and UNMATCHED not in self.plan.notes:
+            self.plan = replace(self.plan, notes=(*self.plan.notes, UNMATCHED))
+        return engine
 
     def _note(self, columns: Tensor, places: Places, sums: Tensor, base: Tensor) -> None:
         """Fill in the baseline, and the cells that take no run: they hold exactly that."""

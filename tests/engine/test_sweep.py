@@ -13,11 +13,12 @@ from torch.nn.functional import log_softmax
 import mechmm as mm
 from mechmm.data import shapes
 from mechmm.data.metrics import accuracy, kl, log_prob, logit_diff, prob, score
+from mechmm.engine import head
 from mechmm.engine import sites as tables
 from mechmm.engine.located import Located
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.source import InterventionError, Steer
-from mechmm.engine.sweep import Sweep
+from mechmm.engine.sweep import UNMATCHED, Sweep
 from mechmm.engine.whole import Whole
 from mechmm.model import attention
 from mechmm.testing import assert_no_hooks
@@ -348,6 +349,18 @@ def test_state_may_be_kept_elsewhere(model, pairs, table, state, monkeypatch, tm
     assert (max(seen) > 0) == (state == "disk")
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_an_end_that_does_not_match_the_model_is_not_used_and_said(
+    model, pairs, table, monkeypatch
+):
+    sweep = Sweep(model, pairs, table)
+    usual = sweep.run()
+    monkeypatch.setattr(head, "close", lambda a, b: False)
+    whole = sweep.run()
+    assert UNMATCHED in whole.plan.notes
+    assert UNMATCHED not in usual.plan.notes
+    near(whole.values, usual.values)
 
 
 def test_files_go_after_an_error_and_an_interrupt(model, pairs, table, monkeypatch, tmp_path):
