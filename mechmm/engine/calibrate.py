@@ -15,7 +15,7 @@ from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 DEFAULT = 4096
-WORTH = 0.03
+WORTH = 0.05
 """A larger pass has to be so much faster per token to be worth its memory."""
 
 _FOUND: WeakKeyDictionary[HookedMultimodal, dict[tuple, int]] = WeakKeyDictionary()

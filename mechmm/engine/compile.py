@@ -16,7 +16,7 @@ from mechmm.engine.engine import earliest, first_seen, seen_positions
 from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS, Ints, Spot, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
-from mechmm.engine.record import resumes
+from mechmm.engine.record import blocks_read, resumes
 from mechmm.engine.trials import Entries
 from mechmm.model.hooked import LANGUAGE
 
@@ -248,6 +248,8 @@ class _Compiler:
             layer = max(spot.layer, 0) if spot.tower == name and reuse else 0
             if begun and not (name == LANGUAGE and towards):
                 total += self.cost.tower(name, shape, layer)
+                behind = max(layer, blocks_read(self.model, name))
+                total -= self.cost.tower(name, shape, behind) if reuse else 0
         return total if towards else total + shape.prompts * self.cost.head(shape)
 
 

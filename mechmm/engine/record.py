@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
+from re import match
 from typing import Any
 
 import torch
@@ -165,6 +166,15 @@ def resumes(model: HookedMultimodal) -> bool:
         and LANGUAGE in model.towers
         and not model.config.is_encoder_decoder
     )
+
+
+def blocks_read(model: HookedMultimodal, tower: str) -> int:
+    """How many of a tower's blocks anything behind them reads; LLaVA-1.5 leaves out the last."""
+    family, count = model.family, len(model.towers[tower].blocks)
+    unread = family.unread(model.config)
+    while count and any(match(p, f"{tower}.blocks.{count - 1}.hook_resid_post") for p in unread):
+        count -= 1
+    return count
 
 
 def _keep(kept: dict[str, Tensor], value: Tensor, hook: Any) -> None:

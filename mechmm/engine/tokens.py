@@ -83,10 +83,22 @@ class Tokens:
 
     def options(self, block: Block) -> dict[str, Any]:
         """The keyword arguments of a block for these tokens."""
-        return {name: self._option(name, value) for name, value in block.options.items()}
+        found = self._options
+        for name, value in block.options.items():
+            if name in BY_TOKEN and id(value) not in found:
+                found[id(value)] = self._option(name, value)
+        return {
+            name: found[id(value)] if name in BY_TOKEN else value
+            for name, value in block.options.items()
+        }
+
+    @cached_property
+    def _options(self) -> dict[int, Any]:
+        """Of arguments that blocks share, by their identity."""
+        return {}
 
     def _option(self, name: str, value: Any) -> Any:
-        if name not in BY_TOKEN or value is None:
+        if value is None:
             return value
         if isinstance(value, tuple | list):
             return tuple(self._option(name, part) for part in value)
@@ -150,17 +162,15 @@ class Tokens:
                 found.append(Tile(np.flatnonzero(rows), positions[columns], numbers, self.device))
         return found
 
-    def visible(self, tile: Tile, block: Block) -> Tensor | None:
-        """What the queries of a tile see [trial or 1, 1, query, key]; None: every key."""
-        at = self.tensor(tile.positions)
+    def visible(self, tile: Tile, block: Block, dtype: torch.dtype) -> Tensor | None:
+        """What the queries of a tile see [trial or 1, 1, query, key], as booleans or what is added
+        to scores; None: every key."""
         if block.mask is not None:
+            at = self.tensor(tile.positions)
             own = self.prompts[self.trials[tile.rows]]
             own = own if len(block.mask) > 1 else np.zeros(1, dtype=np.int64)
             return block.mask[self.tensor(own)[:, None], 0, at][:, None]
-        if not block.causal:
-            return None
-        keys = torch.arange(tile.keys(block, self.width), device=self.device)
-        return (keys <= at[:, None])[None, None]
+        return tile.triangle(dtype) if block.causal else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +212,19 @@ class Tile:
             return states[:count]
         return states[torch.as_tensor(self.rows, device=states.device)]
 
+    def triangle(self, dtype: torch.dtype) -> Tensor:
+        """What is added to scores so that no query sees what comes later [1, 1, query, key]."""
+        if dtype not in self._triangles:
+            keys = torch.arange(int(self.positions[-1]) + 1, device=self.device)
+            later = keys > torch.as_tensor(self.positions, device=self.device)[:, None]
+            lowest = torch.zeros(later.shape, dtype=dtype, device=self.device)
+            self._triangles[dtype] = lowest.masked_fill(later, -torch.inf)[None, None]
+        return self._triangles[dtype]
+
+    @cached_property
+    def _triangles(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
     def queries(self, states: Tensor) -> Tensor:
         """Queries [row, head, query, d_head], of [token, head, d_head]."""
         return states[self._numbers].transpose(1, 2)
@@ -242,7 +265,7 @@ class Reenter:
             seen = tile.keys(self.block, self.tokens.width)
             keys, values = (tile.some(state)[:, :, :seen] for state in (key, value))
             states = (tile.queries(by_token), keys, values)
-            tile.put(compute(states, self.tokens.visible(tile, self.block)), z)
+            tile.put(compute(states, self.tokens.visible(tile, self.block, query.dtype)), z)
         return z[None]
 
     def _recorded(self) -> tuple[Tensor, Tensor]:

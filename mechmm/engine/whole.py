@@ -1,8 +1,8 @@
 """Trials as runs of the Hugging Face model itself, its blocks before the change frozen.
 
-Every trial is a copy of its prompt in one larger batch. Blocks that come before the first change
-give what they gave in the recorded run; all others compute. Where the language model can go on from
-recorded blocks, the run ends when its first block is reached.
+Every trial is a copy of its prompt in one larger batch. Blocks that come before the first change,
+and those that nobody reads, give what they gave in the recorded run; all others compute. Where the
+language model can go on from recorded blocks, the run ends when its first block is reached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
 from mechmm.engine.places import Ints, Places, Spot, Values, halves, index
-from mechmm.engine.record import Recording
+from mechmm.engine.record import Recording, blocks_read
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -73,7 +73,8 @@ class Whole:
         return square[own, :, own].flatten(0, 1)
 
     def _frozen(self, copies: Ints) -> dict[nn.Module, Callable]:
-        """The blocks that come before every change, each giving what it gave."""
+        """The blocks that come before every change, and those that nobody reads, each giving what
+        it gave."""
         changed = np.unique(copies[copies >= 0])
         first = min(
             self.spots[hook] for hook in np.unique(self.places.hook[self.places.of(changed)])
@@ -82,9 +83,11 @@ class Whole:
         for number, (name, tower) in enumerate(self.model.towers.items()):
             before = len(tower.blocks) if 2 * number < first.stage else 0
             before = max(first.layer, 0) if first.tower == name else before
+            behind = blocks_read(self.model, name)
             given = self.recording.given.get(name, [])
-            for block, output in zip(tower.blocks[:before], given[:before], strict=False):
-                forwards[block] = constant(_tiled(output, len(copies), tower))
+            for layer, (block, output) in enumerate(zip(tower.blocks, given, strict=False)):
+                if not before <= layer < behind:
+                    forwards[block] = constant(_tiled(output, len(copies), tower))
         return forwards
 
     def _hooks(self, copies: Ints) -> list[Any]:
