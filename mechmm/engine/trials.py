@@ -139,11 +139,11 @@ class Entries:
         return (np.bincount(pairs[0], minlength=count) > 1)[trials]
 
     def sizes(self, trials: Trials) -> Ints:
-        """Tokens that every trial runs again in a block; at least a quarter of its prompt, for
+        """Tokens that every trial runs again in a block; at least a third of its prompt, for
         attention lays out keys and values of all of it."""
         width = self.starts.shape[1]
         tokens = np.where(trials.layer >= self.last, 1, width - trials.start)
-        return np.maximum(tokens, width // 4)
+        return np.maximum(tokens, width // 3)
 
 
 def starts(blocks: list[Block], real: Bool[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
