@@ -166,8 +166,8 @@ class Engine:
 
     @cached_property
     def size(self) -> int:
-        """Positions of one copy of the batch in the language model and the towers together."""
-        return max(self.batch.input_ids.numel() + seen_positions(self.batch.layout), 1)
+        """Positions of one copy of the batch, in the language model or the towers before it."""
+        return max(self.batch.input_ids.numel(), seen_positions(self.batch.layout), 1)
 
     def _copies(self, whole: Whole, trials: Ints) -> tuple[Ints, Ints]:
         """Trials as copies of the batch [copy, prompt], in the order of the blocks that they
