@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import get_args
 
 import numpy as np
@@ -83,8 +84,17 @@ def check_choices(base: str, source: Source, state: str) -> None:
     """
     named = () if callable(source) else (("source", source, get_args(Named)),)
     for what, given, known in (("base", base, BASES), ("state", state, get_args(Keep)), *named):
-        if given not in known:
-            raise ValueError(f"unknown {what} {given!r}; use {', '.join(known)}")
+        check_choice(what, given, known)
+
+
+def check_choice(what: str, given: str, known: Collection[str]) -> None:
+    """Refuse a name that is not among those there are.
+
+    Raises:
+        ValueError: with these.
+    """
+    if given not in known:
+        raise ValueError(f"unknown {what} {given!r}; use {', '.join(known)}")
 
 
 def check_function(model: HookedMultimodal, sites: Sites, source: Source) -> None:

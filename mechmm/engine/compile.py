@@ -14,7 +14,7 @@ from mechmm.data.pairs import PairBatch
 from mechmm.engine.cost import Cost, Shape
 from mechmm.engine.engine import earliest, first_seen, seen_positions
 from mechmm.engine.located import located
-from mechmm.engine.places import QUERY_ROWS, Ints, Spot, spot_of
+from mechmm.engine.places import QUERY_ROWS, Ints, Spot, by_block, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
 from mechmm.engine.record import blocks_read, resumes
 from mechmm.engine.trials import Entries
@@ -219,7 +219,7 @@ class _Compiler:
         seen: Ints,
     ) -> Cells:
         """What trials run that begin before the language model, or know no other way."""
-        blocks = dict(sorted(((spot.stage, spot.layer), spot) for spot in spots))
+        blocks = by_block(spots)
         begins, prompts = (
             column[begun] for column in (earliest(entries.places, spots), entries.places.prompts)
         )

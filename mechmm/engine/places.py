@@ -6,7 +6,7 @@ the hook's tensor over the whole batch; part is a head, a neuron or an expert, -
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -53,6 +53,11 @@ class Spot:
     layer: int
     entry: Entry
     tower: str
+
+
+def by_block(spots: Iterable[Spot]) -> dict[tuple[int, int], Spot]:
+    """One spot of every block (stage, layer), in the order in which they run."""
+    return dict(sorted(((spot.stage, spot.layer), spot) for spot in spots))
 
 
 def spot_of(model: HookedMultimodal, hook: str) -> Spot:

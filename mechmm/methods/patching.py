@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -437,7 +437,6 @@ def sweep_of(
         raise ValueError(f"{_name(direction)!r} is a direction already; name your function another")
     if not len(pairs) or not len(sites):
         raise ValueError(f"nothing to patch: {len(pairs)} pairs, {len(sites)} sites")
-    check_state(state)
     for name, value in (("tokens", tokens), ("budget", budget)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more, or None")
@@ -445,16 +444,6 @@ def sweep_of(
     base: Base = "corrupt" if direction == "denoise" else "clean"
     limits = (seed, batch_size, tokens, budget, state)
     return Sweep(model, pairs, sites, metric, base, source, *limits)
-
-
-def check_state(state: str) -> None:
-    """Refuse a place that recorded activations cannot be kept at.
-
-    Raises:
-        ValueError: with those there are.
-    """
-    if state not in get_args(Keep):
-        raise ValueError(f"unknown state {state!r}; use {', '.join(get_args(Keep))}")
 
 
 def _name(direction: str | Function) -> str:

@@ -6,16 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from mechmm.data.metrics import METRICS
 from mechmm.data.pairs import PairDataset
 from mechmm.engine import sites as places
+from mechmm.engine.checks import check_choice
 from mechmm.engine.located import random_like
 from mechmm.engine.plan import Plan
 from mechmm.engine.shelf import Keep
 from mechmm.engine.sites import Sites
-from mechmm.methods.patching import N_NULL, SOURCES, Patching, check_state, patch, sweep_of
+from mechmm.methods.patching import N_NULL, SOURCES, Patching, patch, sweep_of
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.runs.terminal import print_table, progress
 
@@ -55,13 +56,11 @@ class Job:
         Raises:
             ValueError: an unknown metric, direction or state; a budget that is no number of bytes.
         """
-        if self.metric not in METRICS:
-            raise ValueError(f"unknown metric {self.metric!r}; use {', '.join(METRICS)}")
-        if self.direction not in SOURCES:
-            raise ValueError(f"unknown direction {self.direction!r}; use {', '.join(SOURCES)}")
+        check_choice("metric", self.metric, METRICS)
+        check_choice("direction", self.direction, SOURCES)
         if self.budget is not None:
             bytes_of(self.budget)
-        check_state(self.state)
+        check_choice("state", self.state, get_args(Keep))
 
     @property
     def limits(self) -> dict[str, Any]:

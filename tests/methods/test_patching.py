@@ -16,16 +16,6 @@ from mechmm.results.result import concat
 from mechmm.zoo.recipe import build_model, build_processor
 
 
-@pytest.fixture(scope="module")
-def model():
-    return mm.HookedMultimodal.from_hf(build_model(seed=1).eval(), build_processor())
-
-
-@pytest.fixture(scope="module")
-def pictures(model):
-    return shapes.pairs(model, "color", 3, seed=1)
-
-
 def last_logit_diff(logits, pair, model):
     answer, foil = (model.to_single_token(word) for word in (pair.answer, pair.foil))
     return logits[:, -1, answer] - logits[:, -1, foil]

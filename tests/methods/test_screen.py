@@ -23,16 +23,6 @@ from mechmm.zoo.recipe import build_model, build_processor
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mm.HookedMultimodal.from_hf(build_model(seed=1).eval(), build_processor())
-
-
-@pytest.fixture(scope="module")
-def pictures(model):
-    return shapes.pairs(model, "color", 3, seed=1)
-
-
-@pytest.fixture(scope="module")
 def precise():
     """The same in double precision, where differences of small steps mean something."""
     return mm.HookedMultimodal.from_hf(build_model(seed=1).eval().double(), build_processor())
