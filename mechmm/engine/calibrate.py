@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from mechmm.engine.record import Recording
-from mechmm.engine.tokens import Reenter, Tokens
+from mechmm.engine.reenter import Reenter
+from mechmm.engine.tokens import Tokens
 from mechmm.model.attention import reentering
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechmm.data.metrics import chosen
 from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
-from mechmm.engine.places import Entry, Ints, Places, Spot, Values, spot_of
+from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_block, spot_of
 from mechmm.engine.record import Recording, record, resumes
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.shelf import Shelf
@@ -112,7 +112,7 @@ class Engine:
             count = fitting(sizes[done:], self.tokens)
             own = order[done : done + count]
             try:
-                logits = rerun.run(trials[own], entering.part(own))
+                logits = rerun.run(trials[own], entering.part(own).aligned(rerun.width))
             except torch.OutOfMemoryError:
                 self._halve(count, int(sizes[done : done + count].sum()))
                 continue
@@ -190,8 +190,8 @@ class Engine:
 def earliest(places: Places, spots: list[Spot]) -> Ints:
     """Number of the block, in the order of the run, that every trial changes first [trial]; that of
     the spots where it changes nothing."""
-    blocks = [(spot.stage, spot.layer) for spot in spots]
-    ranks = np.array([sorted(set(blocks)).index(block) for block in blocks], dtype=np.int64)
+    number = {block: i for i, block in enumerate(by_block(spots))}
+    ranks = np.array([number[spot.stage, spot.layer] for spot in spots], dtype=np.int64)
     first = np.full(len(places.prompts), len(spots))
     np.minimum.at(first, places.trial, ranks[places.hook])
     return first

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mechmm.engine.freeze import Halt, frozen
 from mechmm.engine.record import Recording
-from mechmm.engine.tokens import Reenter, Tokens
+from mechmm.engine.reenter import Reenter
+from mechmm.engine.tokens import Tokens
 from mechmm.model.attention import reentering
 from mechmm.model.tower import Tower
 

@@ -23,8 +23,9 @@ from mechmm.engine.head import Head
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Places, Spot, Values, halves, index
 from mechmm.engine.projections import Projections
 from mechmm.engine.record import Recording
+from mechmm.engine.reenter import Reenter, Rooms
 from mechmm.engine.shelf import pick
-from mechmm.engine.tokens import Reenter, Tokens
+from mechmm.engine.tokens import Tokens
 from mechmm.engine.trials import Entries, Trials, starts
 from mechmm.model.attention import reentering
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
@@ -57,7 +58,7 @@ class Rerun:
         real = recording.batch.attention_mask > 0
         reached = starts(recording.blocks, real).cpu().numpy()
         self.entries = Entries.of(places, spots, reached, self.wanted, self.last)
-        self.projections = Projections(self.tower, recording)
+        self.projections, self.rooms = Projections(self.tower, recording), Rooms()
 
     @torch.no_grad()
     def run(self, numbers: Ints, trials: Trials) -> Float[Tensor, "trial token vocab"]:
@@ -230,7 +231,8 @@ class _Chunk:
 
     def _attended(self, layer: int, tokens: Tokens, hidden: Tensor) -> Tensor:
         known = self.of.projections.forwards(layer, tokens, self._unchanged(layer, tokens))
-        with self._again(layer, Reenter(tokens, self.recording.blocks[layer])), frozen(known):
+        reenter = Reenter(tokens, self.recording.blocks[layer], self.of.rooms)
+        with self._again(layer, reenter), frozen(known):
             return self._block(layer, tokens, hidden)
 
     def _unchanged(self, layer: int, tokens: Tokens) -> np.ndarray:
@@ -253,6 +255,8 @@ class _Chunk:
         change run whole prompts."""
         layer = self.of.last
         ends, apart = self._ends(tokens.trials), self._apart(layer)
+        if not len(apart):
+            return ends, self._read(layer, tokens, hidden, ends)
         alone, theirs = np.isin(tokens.trial, apart), np.isin(ends.trial, apart)
         new = hidden.new_empty(1, len(ends), hidden.shape[-1])
         for keep, own, compute in ((~alone, ~theirs, self._read), (alone, theirs, self._laid_out)):
@@ -268,12 +272,13 @@ class _Chunk:
         stream = ends.of(self.recording.stream(layer))
         there = np.flatnonzero(at >= 0)
         stream[:, ends.tensor(there)] = hidden[:, tokens.tensor(at[there])]
-        known = self._keys(layer, tokens, hidden)
-        with self._again(layer, Reenter(ends, self.recording.blocks[layer], known=known)):
+        given = (tokens, self._keys(layer, tokens, hidden))
+        reenter = Reenter(ends, self.recording.blocks[layer], self.of.rooms, given=given)
+        with self._again(layer, reenter):
             return self._block(layer, ends, stream)
 
     def _keys(self, layer: int, tokens: Tokens, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole prompt, those of the tokens computed anew."""
+        """Keys and values of the tokens [head, token, d_head]."""
         reenter = Reenter(tokens, self.recording.blocks[layer], collect=True)
         q = self.tower.linear(layer, "q")
         skipped: dict[nn.Module, Callable] = {} if q is None else {q: _zeros(q)}
@@ -350,6 +355,8 @@ class _Chunk:
 
     @staticmethod
     def _with(tokens: Tokens, hidden: Tensor, own: Tokens, stream: Tensor) -> tuple[Tokens, Tensor]:
+        if not len(tokens):
+            return own, stream
         return tokens.joined(own), torch.cat([hidden, stream], dim=1)
 
     # Changes ---------------------------------------------------------------------------------

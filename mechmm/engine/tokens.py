@@ -10,22 +10,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechmm.engine.freeze import Halt
 from mechmm.engine.places import Ints
 from mechmm.engine.record import BY_TOKEN, Block
 from mechmm.engine.shelf import pick
-from mechmm.model.attention import Compute, States
+from mechmm.engine.tiles import Tile
 
 TILES = {"cpu": 32}
 TILE = 256
 """Positions whose attention is computed together, by kind of device: fewer of them see fewer keys
 in vain, more of them keep a large device busy."""
+GROUPS = {"cpu": 1024}
+GROUP = 65_536
+"""Keys that are laid out together, by kind of device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +71,12 @@ class Tokens:
 
     def of(self, recorded: Tensor) -> Tensor:
         """The values of a recorded tensor [batch, pos, ...] for every token [1, token, ...]."""
-        return pick(recorded, *self.index, device=self.device)[None]
+        if self.even is None:
+            return pick(recorded, *self.index, device=self.device)[None]
+        first = int(self.position[0])
+        span = recorded[:, first : first + self.even].to(self.device)
+        own = self.by_prompt(span).clone(memory_format=torch.contiguous_format)
+        return own.flatten(0, 1)[None]
 
     def joined(self, other: Tokens) -> Tokens:
         """These tokens and others behind them."""
@@ -76,7 +84,7 @@ class Tokens:
         position = np.concatenate([self.position, other.position])
         return Tokens(trial, position, self.prompts, self.width, self.device)
 
-    def part(self, keep: np.ndarray) -> Tokens:
+    def part(self, keep: np.ndarray | slice) -> Tokens:
         """Some of the tokens, by mask or number."""
         rest = (self.prompts, self.width, self.device)
         return Tokens(self.trial[keep], self.position[keep], *rest)
@@ -119,34 +127,62 @@ class Tokens:
         return np.unique(self.trial)
 
     @cached_property
+    def even(self) -> int | None:
+        """How many tokens each trial has, where all have the same positions, one behind the other,
+        and stand in order: then parts of tensors are slices, not lists of indices."""
+        count, rest = divmod(len(self), max(1, len(self.trials)))
+        if rest or not count:
+            return None
+        positions = self.position[0] + np.arange(count)
+        same = bool((self.position.reshape(-1, count) == positions).all())
+        ordered = np.array_equal(self.trial, np.repeat(self.trials, count))
+        return count if same and ordered else None
+
+    def by_prompt(self, recorded: Tensor) -> Tensor:
+        """Recorded values [batch, ...] for every trial [trial, ...]; without a copy of one."""
+        if len(recorded) == 1:
+            return recorded.expand(len(self.trials), *recorded.shape[1:])
+        return recorded[self.tensor(self.prompts[self.trials])]
+
+    @cached_property
     def rows(self) -> Tensor:
         """Which of `trials` every token belongs to [token]."""
         return self.tensor(np.searchsorted(self.trials, self.trial))
 
-    @cached_property
-    def _rooms(self) -> dict[str, Tensor]:
-        return {}
-
-    def laid_out(self, name: str, recorded: Tensor) -> Tensor:
-        """Recorded keys or values of every trial [trial, head, pos, d_head], in memory that is
-        used anew for each block: to ask for it takes longer than to fill it."""
-        shape = (len(self.trials), *recorded.shape[1:])
-        room = self._rooms.get(name)
-        if room is None or room.shape != shape:
-            self._rooms[name] = room = recorded.new_empty(shape, device=self.device)
-        recorded = recorded.to(self.device)
-        if len(recorded) > 1:
-            prompts = self.tensor(self.prompts[self.trials])
-            return torch.index_select(recorded, 0, prompts, out=room)
-        known = self._known
-        room[:, :, :known].copy_(recorded[:, :, :known].expand(shape[0], -1, -1, -1))
-        return room
+    def put(self, new: Tensor, whole: Tensor) -> None:
+        """Put keys or values of the tokens [head, token, d_head] among those of whole prompts
+        [trial, head, pos, d_head]."""
+        if self.even is None:
+            whole[self.rows, :, self.index[1]] = new.transpose(0, 1)
+        else:
+            first = int(self.position[0])
+            own = new.unflatten(1, (-1, self.even)).transpose(0, 1)
+            whole[:, :, first : first + self.even] = own
 
     @cached_property
-    def _known(self) -> int:
+    def known(self) -> int:
         """The position behind the last one where a trial has no token."""
         _, missing = np.nonzero(self.at[self.trials] < 0)
         return int(missing.max(initial=-1)) + 1
+
+    @property
+    def groups(self) -> list[tuple[Tokens, slice]]:
+        """The tokens of some trials at a time, whose keys are laid out together, and where they
+        are among these."""
+        few = len(self.trials) <= self._together
+        return [(self, slice(None))] if few else self._groups
+
+    @property
+    def _together(self) -> int:
+        return max(1, GROUPS.get(self.device.type, GROUP) // self.width)
+
+    @cached_property
+    def _groups(self) -> list[tuple[Tokens, slice]]:
+        size = self._together
+        ends = [0, *np.searchsorted(self.trial, self.trials[size - 1 :: size], side="right")]
+        ends += [len(self)] if ends[-1] < len(self) else []
+        places = [slice(int(a), int(b)) for a, b in pairwise(ends)]
+        return [(self.part(place), place) for place in places]
 
     @cached_property
     def tiles(self) -> list[Tile]:
@@ -159,7 +195,8 @@ class Tokens:
             columns, rows = there.any(0), there.any(1)
             if rows.any():
                 numbers = table[:, positions[columns]][rows]
-                found.append(Tile(np.flatnonzero(rows), positions[columns], numbers, self.device))
+                at = (np.flatnonzero(rows), positions[columns], numbers)
+                found.append(Tile(*at, self.device, self.even))
         return found
 
     def visible(self, tile: Tile, block: Block, dtype: torch.dtype) -> Tensor | None:
@@ -171,108 +208,3 @@ class Tokens:
             own = own if len(block.mask) > 1 else np.zeros(1, dtype=np.int64)
             return block.mask[self.tensor(own)[:, None], 0, at][:, None]
         return tile.triangle(dtype) if block.causal else None
-
-
-@dataclass(frozen=True, eq=False)
-class Tile:
-    """Neighbouring positions of some trials.
-
-    Attributes:
-        rows: which trials, of those that have tokens [row].
-        positions: theirs [query].
-        tokens: their numbers, -1 where a trial has none [row, query].
-        device: of the tensors.
-    """
-
-    rows: Ints
-    positions: Ints
-    tokens: Ints
-    device: torch.device
-
-    @cached_property
-    def _numbers(self) -> Tensor:
-        return torch.as_tensor(self.tokens.clip(min=0), device=self.device)
-
-    @cached_property
-    def _own(self) -> tuple[Tensor, Tensor]:
-        """(place among rows and queries, number) of every token."""
-        flat = self.tokens.flatten()
-        there = np.flatnonzero(flat >= 0)
-        return tuple(torch.as_tensor(part, device=self.device) for part in (there, flat[there]))  # type: ignore[return-value] - two of them
-
-    def keys(self, block: Block, width: int) -> int:
-        """How many of the first keys are all that the queries see."""
-        causal = block.mask is None and block.causal
-        return int(self.positions[-1]) + 1 if causal else width
-
-    def some(self, states: Tensor) -> Tensor:
-        """Keys or values of these trials, of [trial, ...]; without a copy where they come first."""
-        count = len(self.rows)
-        if self.rows[-1] + 1 == count:
-            return states[:count]
-        return states[torch.as_tensor(self.rows, device=states.device)]
-
-    def triangle(self, dtype: torch.dtype) -> Tensor:
-        """What is added to scores so that no query sees what comes later [1, 1, query, key]."""
-        if dtype not in self._triangles:
-            keys = torch.arange(int(self.positions[-1]) + 1, device=self.device)
-            later = keys > torch.as_tensor(self.positions, device=self.device)[:, None]
-            lowest = torch.zeros(later.shape, dtype=dtype, device=self.device)
-            self._triangles[dtype] = lowest.masked_fill(later, -torch.inf)[None, None]
-        return self._triangles[dtype]
-
-    @cached_property
-    def _triangles(self) -> dict[torch.dtype, Tensor]:
-        return {}
-
-    def queries(self, states: Tensor) -> Tensor:
-        """Queries [row, head, query, d_head], of [token, head, d_head]."""
-        return states[self._numbers].transpose(1, 2)
-
-    def put(self, found: Tensor, z: Tensor) -> None:
-        """Put z of the tile [row, query, head, d_head] into that of all tokens."""
-        place, numbers = self._own
-        z[numbers] = found.flatten(0, 1)[place]
-
-
-class Reenter:
-    """Attention of tokens in one row: queries of their own, keys and values of the whole prompt.
-
-    With `collect`, the keys and values are noted and the run ends there; with `known`, they are
-    those that were noted, and the tokens' own are put among them.
-    """
-
-    def __init__(
-        self,
-        tokens: Tokens,
-        block: Block,
-        *,
-        collect: bool = False,
-        known: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
-        self.tokens, self.block, self.collect, self.known = tokens, block, collect, known
-
-    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
-        query, *own = states
-        key, value = self._recorded()
-        for whole, new in zip((key, value), own, strict=True):
-            whole[self.tokens.rows, :, self.tokens.index[1]] = new[0].transpose(0, 1)
-        if self.collect:
-            raise Halt((key, value))
-        by_token = query[0].transpose(0, 1)  # [token, head, d_head]
-        z = value.new_empty(*by_token.shape[:2], value.shape[-1])
-        for tile in self.tokens.tiles:
-            seen = tile.keys(self.block, self.tokens.width)
-            keys, values = (tile.some(state)[:, :, :seen] for state in (key, value))
-            states = (tile.queries(by_token), keys, values)
-            tile.put(compute(states, self.tokens.visible(tile, self.block, query.dtype)), z)
-        return z[None]
-
-    def _recorded(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole prompt [trial, head, pos, d_head]."""
-        if self.known is not None:
-            return self.known
-        keys, values = self.block.keys, self.block.values
-        assert keys is not None
-        assert values is not None
-        return self.tokens.laid_out("keys", keys), self.tokens.laid_out("values", values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from mechmm.model.hooked import LANGUAGE
 SUMS = ("hook_z", "hook_result", "hook_mlp_out", "hook_deepstack", "hook_resid_post")
 """Hooks whose change is added to what is known behind them."""
 ELSEWHERE = -2
+WASTE = 1 / 32
+"""Share of tokens that may run in vain so that all trials of a pass begin at one position."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,19 @@ class Trials:
             column[numbers] for column in (self.layer, self.entry, self.start, self.shared)
         )
         return Trials(layer, entry, start, shared, self.enters)
+
+    def aligned(self, width: int) -> Trials:
+        """The same from one position on, where that makes few tokens more: tokens that stand by
+        trial and position are moved faster.
+
+        Args:
+            width: positions of a prompt.
+        """
+        first = int(self.start.min())
+        more = int((self.start - first).sum())
+        if more > WASTE * len(self.start) * (width - first):
+            return self
+        return replace(self, start=np.full_like(self.start, first))
 
 
 @dataclass(frozen=True, eq=False)
