@@ -54,20 +54,21 @@ class Reenter:
         self.collect, self.given = collect, given
 
     def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
-        query, key, value = (state[0] for state in states)  # [head, token, d_head]
+        query, key, value = (state[0] for state in states)
         if self.collect:
             raise Halt((key, value))
         source, (key, value) = self.given or (self.tokens, (key, value))
-        query = query.transpose(0, 1)
+        query = query.transpose(0, 1)  # [token, head, d_head]
         z = query.new_empty(*query.shape[:2], value.shape[-1])
         for (tokens, at), (others, there) in zip(self.tokens.groups, source.groups, strict=True):
             keys = self._laid_out("keys", others, self.block.keys, key[:, there])
             values = self._laid_out("values", others, self.block.values, value[:, there])
             for tile in tokens.tiles:
                 seen = tile.keys(self.block, tokens.width)
-                rest = (tile.some(state)[:, :, :seen] for state in (keys, values))
+                whole = (tile.some(state)[:, :, :seen] for state in (keys, values))
+                parts: States = (tile.queries(query[at]), *whole)  # type: ignore[assignment] - two of them
                 visible = tokens.visible(tile, self.block, query.dtype)
-                tile.put(compute((tile.queries(query[at]), *rest), visible), z[at])
+                tile.put(compute(parts, visible), z[at])
         return z[None]
 
     def _laid_out(self, name: str, tokens: Tokens, recorded: Tensor | None, own: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ TILES = {"cpu": 32}
 TILE = 256
 """Positions whose attention is computed together, by kind of device: fewer of them see fewer keys
 in vain, more of them keep a large device busy."""
-GROUPS = {"cpu": 1024}
+GROUPS = {"cpu": 512}
 GROUP = 65_536
 """Keys that are laid out together, by kind of device."""
 
