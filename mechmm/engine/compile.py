@@ -12,9 +12,9 @@ import torch
 from mechmm.data.metrics import READS_ANSWERS, readings
 from mechmm.data.pairs import PairBatch
 from mechmm.engine.cost import Cost, Shape
-from mechmm.engine.engine import earliest, first_seen, seen_positions
+from mechmm.engine.engine import blocks_of, earliest, first_seen, seen_positions
 from mechmm.engine.located import located
-from mechmm.engine.places import QUERY_ROWS, Ints, Spot, by_block, spot_of
+from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Spot, by_begin, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
 from mechmm.engine.record import blocks_read, resumes
 from mechmm.engine.trials import Entries
@@ -125,6 +125,10 @@ class _Compiler:
             positions = seen_positions(batch.layout)
             towers = [tower for name, tower in self.model.towers.items() if name != LANGUAGE]
             total += sum(len(t.blocks) * positions * t.cfg.d_model for t in towers)
+            total += sum(
+                positions * self.model.towers[tower].cfg.d_model
+                for tower, _ in {(s.tower, s.layer) for s in self.spots.values() if self._noted(s)}
+            )
         return size * total * width
 
     def _hook(self, hook: str) -> int:
@@ -147,6 +151,11 @@ class _Compiler:
 
     def _resumable(self, spot: Spot) -> bool:
         return self.resumed and spot.tower == LANGUAGE and spot.layer >= 0
+
+    def _noted(self, spot: Spot) -> bool:
+        """Whether what attention gives in a spot's block is recorded for trials to begin there."""
+        behind = spot.entry != Entry.WHOLE and spot.tower in self.model.towers
+        return behind and not self._resumable(spot)
 
     # One batch -------------------------------------------------------------------------------
 
@@ -219,12 +228,12 @@ class _Compiler:
         seen: Ints,
     ) -> Cells:
         """What trials run that begin before the language model, or know no other way."""
-        blocks = by_block(spots)
         begins, prompts = (
             column[begun] for column in (earliest(entries.places, spots), entries.places.prompts)
         )
         towards = self.resumed and reuse and not self.model.family.deepstack(self.model.config)
-        costs = np.array([self._through(s, shape, towards, reuse) for s in blocks.values()])
+        spots_of = by_begin(spots).values()
+        costs = np.array([self._through(spot, shape, towards, reuse) for spot in spots_of])
         alone = self.model.family.output == "logits_per_image"  # every image meets every text
         flops = costs[begins] / (1 if alone else shape.prompts)
         first = np.zeros_like(begun)
@@ -232,8 +241,9 @@ class _Compiler:
             trials = entries.embedded(begun, seen)
             first = trials.start
             flops = flops + self.cost.trials(trials, changes[begun], shape)
-        copies = np.zeros((len(blocks), shape.prompts), dtype=np.int64)
-        np.add.at(copies, (begins, prompts), 1)
+        blocks = blocks_of(spots)
+        copies = np.zeros((blocks.max() + 1, shape.prompts), dtype=np.int64)
+        np.add.at(copies, (blocks[begins], prompts), 1)
         towers = sum(rows * positions for rows, positions in shape.rows_of.values())
         size = max(shape.prompts * shape.width, towers)
         ran = copies.sum(1) if alone else copies.max(1)
@@ -249,6 +259,8 @@ class _Compiler:
             layer = max(spot.layer, 0) if spot.tower == name and reuse else 0
             if begun and not (name == LANGUAGE and towards):
                 total += self.cost.tower(name, shape, layer)
+                if reuse and spot.tower == name and spot.entry != Entry.WHOLE:
+                    total -= self.cost.attention(name, shape, layer)
                 behind = max(layer, blocks_read(self.model, name))
                 total -= self.cost.tower(name, shape, behind) if reuse else 0
         return total if towards else total + shape.prompts * self.cost.head(shape)

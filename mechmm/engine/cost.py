@@ -158,6 +158,15 @@ class Cost:
         dense = 2 * rows * width * int(blocks.whole[first:].sum())
         return dense + 4 * rows * width * width * int(blocks.heads[first:].sum())
 
+    def attention(self, name: str, shape: Shape, layer: int) -> int:
+        """Operations of a block's projections and attention, up to z, for one batch."""
+        blocks = self.blocks[name]
+        if not blocks.attn[layer]:
+            return 0
+        rows, width = shape.rows_of.get(name, (shape.prompts, shape.width))
+        each = 2 * int(blocks.queries[layer]) + 4 * width * int(blocks.heads[layer])
+        return rows * width * each
+
     def around(self, shape: Shape) -> int:
         """Operations of embeddings and projectors, for one batch."""
         total = 0

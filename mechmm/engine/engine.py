@@ -14,7 +14,7 @@ from torch import Tensor
 from mechmm.data.metrics import chosen
 from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
-from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_block, spot_of
+from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_begin, spot_of
 from mechmm.engine.record import Recording, record, resumes
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.shelf import Shelf
@@ -60,7 +60,8 @@ class Engine:
         with torch.no_grad():
             towers = self._frozen_towers() if reuse else []
             names = list(self.spots) if reuse else []
-            found = record(model, batch, wanted, names, towers, blocks=reuse, attn=self._attended())
+            behind = [spot for spot in self.spots.values() if spot.entry != Entry.WHOLE]
+            found = record(model, batch, wanted, names, towers, behind, blocks=reuse)
             self.head = head_of(model, found, rows) if found.blocks else None
         self.recording: Recording = found.kept(shelf or Shelf())
         self.tokens = tokens if tokens is not None else calibrated(model, self.recording)
@@ -71,11 +72,6 @@ class Engine:
         others = [spot for spot in self.spots.values() if ours or spot.tower != LANGUAGE]
         last = max(others).stage if others else -1
         return [name for i, name in enumerate(self.model.towers) if 2 * i <= last]
-
-    def _attended(self) -> set[int]:
-        """Language blocks that some change enters behind their attention."""
-        spots = self.spots.values()
-        return {s.layer for s in spots if s.tower == LANGUAGE and s.entry == Entry.MIDDLE}
 
     @property
     def base(self) -> Tensor:
@@ -121,10 +117,10 @@ class Engine:
 
     def _begin(self, whole: Whole, rerun: Rerun | None, trials: Ints) -> Found:
         """Trials that change something before the language model, or a model of another kind."""
-        copies, begins = self._copies(whole, trials)
+        copies, blocks = self._copies(whole, trials)
         done = 0
         while done < len(copies):
-            alike = int((begins[done:] == begins[done]).cumprod().sum())
+            alike = int((blocks[done:] == blocks[done]).cumprod().sum())
             count = min(alike, max(1, self.tokens // self.size))
             own = copies[done : done + count]
             copy, prompt = np.nonzero(own >= 0)
@@ -170,8 +166,8 @@ class Engine:
         return max(self.batch.input_ids.numel(), seen_positions(self.batch.layout), 1)
 
     def _copies(self, whole: Whole, trials: Ints) -> tuple[Ints, Ints]:
-        """Trials as copies of the batch [copy, prompt], in the order of the blocks that they
-        change first; and the number of that block [copy]."""
+        """Trials as copies of the batch [copy, prompt], in the order in which they begin; and the
+        number of the block that each begins in [copy]."""
         first = earliest(whole.places, whole.spots)
         ordered = trials[np.argsort(first[trials], kind="stable")]
         prompts = whole.places.prompts[ordered]
@@ -183,18 +179,25 @@ class Engine:
             copies = np.full((max(map(len, columns)), len(columns)), -1)
             for prompt, column in enumerate(columns):
                 copies[: len(column), prompt] = column
-        begins = np.where(copies < 0, len(whole.spots), first[copies])
-        return copies, begins.min(1)
+        begins = np.where(copies < 0, len(whole.spots), first[copies]).min(1)
+        return copies, blocks_of(whole.spots)[begins]
 
 
 def earliest(places: Places, spots: list[Spot]) -> Ints:
-    """Number of the block, in the order of the run, that every trial changes first [trial]; that of
-    the spots where it changes nothing."""
-    number = {block: i for i, block in enumerate(by_block(spots))}
-    ranks = np.array([number[spot.stage, spot.layer] for spot in spots], dtype=np.int64)
+    """Which begin, of those of some spots in the order of the run, every trial has [trial]; the
+    number of the spots where it changes nothing."""
+    number = {begin: i for i, begin in enumerate(by_begin(spots))}
+    ranks = np.array([number[spot.begin] for spot in spots], dtype=np.int64)
     first = np.full(len(places.prompts), len(spots))
     np.minimum.at(first, places.trial, ranks[places.hook])
     return first
+
+
+def blocks_of(spots: list[Spot]) -> Ints:
+    """The number of the block of every begin of some spots, in the order of the run [begin]."""
+    begins = list(by_begin(spots))
+    blocks = sorted({begin[:2] for begin in begins})
+    return np.array([blocks.index(begin[:2]) for begin in begins], dtype=np.int64)
 
 
 def seen_positions(layout: TokenLayout) -> int:

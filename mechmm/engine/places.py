@@ -33,6 +33,8 @@ class Entry(IntEnum):
     """Behind the block, whose output is known: the change is added to the stream."""
 
 
+Begin = tuple[int, int, bool]
+"""Stage and layer of a block, and whether a run begins behind its attention."""
 _STREAM = ("hook_resid_post", "hook_mlp_out", "hook_deepstack")
 _MIDDLE = ("hook_attn_out", "hook_resid_mid", "hook_mlp_in", "ln2.", "ln1_post.", "ln2_post.")
 _INNER = ("mlp.", "attn.hook_z", "attn.hook_result")
@@ -54,10 +56,15 @@ class Spot:
     entry: Entry
     tower: str
 
+    @property
+    def begin(self) -> Begin:
+        """Where a run that goes on from recorded blocks begins for it."""
+        return self.stage, self.layer, self.entry != Entry.WHOLE
 
-def by_block(spots: Iterable[Spot]) -> dict[tuple[int, int], Spot]:
-    """One spot of every block (stage, layer), in the order in which they run."""
-    return dict(sorted(((spot.stage, spot.layer), spot) for spot in spots))
+
+def by_begin(spots: Iterable[Spot]) -> dict[Begin, Spot]:
+    """One spot of all that runs begin at alike, in the order in which they run."""
+    return dict(sorted((spot.begin, spot) for spot in spots))
 
 
 def spot_of(model: HookedMultimodal, hook: str) -> Spot:

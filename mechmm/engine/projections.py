@@ -20,7 +20,8 @@ from mechmm.engine.tokens import Tokens
 from mechmm.model.attention import reentering
 from mechmm.model.tower import Tower
 
-NAMES = ("q", "k", "v", "qkv")
+KEYS = ("k", "v")
+NAMES = ("q", *KEYS, "qkv")
 Found = dict[nn.Module, Tensor]
 
 

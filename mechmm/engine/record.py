@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import first_of, with_first
-from mechmm.engine.places import QUERY_ROWS
+from mechmm.engine.places import QUERY_ROWS, Spot
 from mechmm.engine.shelf import Shelf
 from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
@@ -75,6 +75,7 @@ class Recording:
         logits: the logits there [batch, token, vocab]; what an encoder gives.
         hooks: values of the hooks that were asked for.
         given: raw outputs of the blocks of every tower that runs once, by tower.
+        z: what attention gave in some blocks of these, by (tower, layer).
         blocks: of the language model, where it can run some positions alone; else empty.
         end: what left the last of them [batch, pos, d_model].
     """
@@ -84,6 +85,7 @@ class Recording:
     logits: Tensor
     hooks: dict[str, Tensor]
     given: dict[str, list[Any]]
+    z: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     end: Tensor | None = None
 
@@ -108,9 +110,9 @@ def record(
     wanted: Int[Tensor, "batch token"] | None,
     hooks: Sequence[str],
     towers: Sequence[str],
+    behind: Sequence[Spot] = (),
     *,
     blocks: bool = True,
-    attn: Collection[int] = (),
 ) -> Recording:
     """Run the prompts once and keep what trials go on from.
 
@@ -119,17 +121,23 @@ def record(
         hooks: whose values are kept; those of scores and patterns by a run of their own, because
             attention that shows them computes otherwise.
         towers: whose blocks' outputs are kept.
+        behind: where trials begin behind the attention of a block, of which the output is kept.
         blocks: whether to keep the language model's, where they can run some positions alone.
-        attn: numbers of its blocks of whose attention the output is kept.
     """
     patterns = [hook for hook in hooks if hook.endswith(QUERY_ROWS)]
     kept = values(model, batch, patterns) if patterns else {}
     called: list[Block] = []
     given = {name: _Outputs(model.towers[name]) for name in towers}
+    z: dict[tuple[str, int], Tensor] = {}
     with ExitStack() as stack:
         for outputs in given.values():
             stack.enter_context(outputs.listening())
+        for name, layer in {(spot.tower, spot.layer) for spot in behind if spot.tower in given}:
+            core = model.towers[name].part(layer, "attn", model.towers[name].row.core)
+            if core is not None:
+                stack.enter_context(reentering(core, _Note(z, (name, layer))))
         if blocks and wanted is not None and resumes(model):
+            attn = {spot.layer for spot in behind if spot.tower == LANGUAGE}
             called = stack.enter_context(_blocks(model.towers[LANGUAGE], attn))
         streams = {f"blocks.{i}.hook_resid_pre": i for i in range(model.cfg.n_layers)}
         streams = streams if blocks and wanted is not None and resumes(model) else {}
@@ -140,7 +148,8 @@ def record(
     end = first_of(called[-1].gave) if called else None
     _note_additions(called)
     found = {name: o.found for name, o in given.items() if o.once}
-    return Recording(batch, wanted, logits, kept, found, called, end)
+    z = {(name, layer): value for (name, layer), value in z.items() if name in found}
+    return Recording(batch, wanted, logits, kept, found, z, called, end)
 
 
 def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[str, Tensor]:
@@ -238,6 +247,18 @@ def _blocks(tower: Tower, attended: Collection[int]) -> Iterator[list[Block]]:
             yield found
         finally:
             _remove(handles)
+
+
+@dataclass
+class _Note:
+    """Notes what the attention of a block gives."""
+
+    found: dict[tuple[str, int], Tensor]
+    block: tuple[str, int]
+
+    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+        self.found[self.block] = z = compute(states, mask)
+        return z
 
 
 class _Watch:

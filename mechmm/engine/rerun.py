@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
+from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first, zeros
 from mechmm.engine.head import Head
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Places, Spot, Values, halves, index
 from mechmm.engine.projections import Projections
@@ -281,7 +281,7 @@ class _Chunk:
         """Keys and values of the tokens [head, token, d_head]."""
         reenter = Reenter(tokens, self.recording.blocks[layer], collect=True)
         q = self.tower.linear(layer, "q")
-        skipped: dict[nn.Module, Callable] = {} if q is None else {q: _zeros(q)}
+        skipped: dict[nn.Module, Callable] = {} if q is None else {q: zeros(q)}
         with self._again(layer, reenter), frozen(skipped):
             try:
                 self._block(layer, tokens, hidden, BEFORE_KEYS)
@@ -447,12 +447,6 @@ def _entries(delta: Tensor, part: Tensor, width: int) -> Tensor:
     whole = delta.new_zeros(len(delta), width)
     whole[torch.arange(len(delta)), part] = delta
     return whole
-
-
-def _zeros(linear: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A forward function of a linear layer that computes nothing."""
-    width: Any = linear.out_features
-    return lambda x: x.new_zeros(*x.shape[:-1], width)
 
 
 def _by_trial(value: Any, name: str, count: int) -> Any:

@@ -1,13 +1,15 @@
 """Trials as runs of the Hugging Face model itself, its blocks before the change frozen.
 
 Every trial is a copy of its prompt in one larger batch. Blocks that come before the first change,
-and those that nobody reads, give what they gave in the recorded run; all others compute. Where the
+and those that nobody reads, give what they gave in the recorded run, and so does attention in the
+block of the first change where all changes come behind it; everything else computes. Where the
 language model can go on from recorded blocks, the run ends when its first block is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mechmm.data.metrics import logits_at
-from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first
-from mechmm.engine.places import Ints, Places, Spot, Values, halves, index
+from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first, zeros
+from mechmm.engine.places import Entry, Ints, Places, Spot, Values, halves, index
+from mechmm.engine.projections import KEYS, NAMES
 from mechmm.engine.record import Recording, blocks_read
+from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -51,12 +55,16 @@ class Whole:
             [copy * prompt, token, vocab]; for an encoder what it gives of each.
         """
         batch = tile(self.recording.batch, len(copies))
-        forwards = self._frozen(copies)
+        changed = np.unique(copies[copies >= 0])
+        spots = [self.spots[hook] for hook in np.unique(self.places.hook[self.places.of(changed)])]
+        first = min(spots)
+        forwards = self._frozen(first, len(copies))
         if towards:
             forwards[self.model.towers[LANGUAGE].blocks[0]] = _halt
         wanted = self.recording.wanted
         wanted = None if wanted is None else wanted.repeat(len(copies), 1)
-        with frozen(forwards), self.model.hooks(fwd_hooks=self._hooks(copies)):
+        hooks = self.model.hooks(fwd_hooks=self._hooks(copies))
+        with frozen(forwards), self._attended(first, len(copies)), hooks:
             try:
                 if wanted is not None:
                     return logits_at(self.model, batch, wanted)
@@ -72,13 +80,9 @@ class Whole:
         own = torch.arange(copies, device=found.device)
         return square[own, :, own].flatten(0, 1)
 
-    def _frozen(self, copies: Ints) -> dict[nn.Module, Callable]:
+    def _frozen(self, first: Spot, copies: int) -> dict[nn.Module, Callable]:
         """The blocks that come before every change, and those that nobody reads, each giving what
         it gave."""
-        changed = np.unique(copies[copies >= 0])
-        first = min(
-            self.spots[hook] for hook in np.unique(self.places.hook[self.places.of(changed)])
-        )
         forwards: dict[nn.Module, Callable] = {}
         for number, (name, tower) in enumerate(self.model.towers.items()):
             before = len(tower.blocks) if 2 * number < first.stage else 0
@@ -87,8 +91,26 @@ class Whole:
             given = self.recording.given.get(name, [])
             for layer, (block, output) in enumerate(zip(tower.blocks, given, strict=False)):
                 if not before <= layer < behind:
-                    forwards[block] = constant(_tiled(output, len(copies), tower))
+                    forwards[block] = constant(_tiled(output, copies, tower))
         return forwards
+
+    @contextmanager
+    def _attended(self, first: Spot, copies: int) -> Iterator[None]:
+        """While it lasts, the attention of the block of the first change gives what it gave, where
+        the change comes behind it."""
+        z = self.recording.z.get((first.tower, first.layer))
+        if z is None or first.entry == Entry.WHOLE:
+            yield
+            return
+        tower = self.model.towers[first.tower]
+        core = tower.part(first.layer, "attn", tower.row.core)
+        assert core is not None
+        names = KEYS if tower.row.q_gate else NAMES  # the query projection gives what gates z, too
+        linears = (tower.linear(first.layer, name) for name in names)
+        skipped: dict[nn.Module, Callable] = {m: zeros(m) for m in linears if m is not None}
+        repeats = (1, copies) if tower.row.packed is not None else (copies, 1)
+        with frozen(skipped), reentering(core, _Given(z.repeat(*repeats, 1, 1))):
+            yield
 
     def _hooks(self, copies: Ints) -> list[Any]:
         """Hooks that make the changes of all copies."""
@@ -116,6 +138,16 @@ class Whole:
             return tensor
 
         return change
+
+
+class _Given:
+    """Attention that gives what it is told."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z = z
+
+    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+        return self.z
 
 
 def _halt(*args: Any, **kwargs: Any) -> Any:

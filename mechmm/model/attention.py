@@ -169,7 +169,8 @@ def attention_forward(
         return _stock(module, (query, key, value), lengths, attention_mask, *rest, **kwargs)
     query = _fire_heads_first(hooks.rot_q, query, hooks.view)
     key = _fire_heads_first(hooks.rot_k, key, hooks.view)
-    states, patterns = (query, key, value), []
+    states: States = (query, key, value)
+    patterns: list[Tensor | None] = [None]
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, kwargs.get("softcap"))
