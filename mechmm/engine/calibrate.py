@@ -4,37 +4,42 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from mechmm.engine.head import Head
+from mechmm.engine.places import Ints, Places, spot_of
 from mechmm.engine.record import Recording
-from mechmm.engine.reenter import Reenter
-from mechmm.engine.tokens import Tokens
-from mechmm.model.attention import reentering
-from mechmm.model.hooked import LANGUAGE, HookedMultimodal
+from mechmm.engine.rerun import Rerun
+from mechmm.model.hooked import HookedMultimodal
 
 SIZES = [size << step for step in range(8) for size in (256, 384)]
 DEFAULT = 4096
-WORTH = 0.04
+BLOCKS = 3
+"""A trial pass runs through so many, the last one included."""
+WORTH = 0.03
 """A larger pass has to be so much faster per token to be worth its memory."""
-TIMES = 4
+TIMES = 3
 """Each size is tried so often; the shortest time counts."""
 
 _FOUND: WeakKeyDictionary[HookedMultimodal, dict[tuple, int]] = WeakKeyDictionary()
 
 
-def calibrated(model: HookedMultimodal, recording: Recording) -> int:
+def calibrated(model: HookedMultimodal, recording: Recording, head: Head | None) -> int:
     """Tokens of one forward pass: as many as are fastest, which is found once for a model on a
     device, but no more than take as much memory as the recorded blocks."""
-    if not recording.blocks:
+    if head is None:
         return DEFAULT
-    found = _FOUND.setdefault(model, {})
-    key = (model.device, model.dtype, torch.get_num_threads())
+    found, most = _FOUND.setdefault(model, {}), _most(model, recording)
+    sizes = [size for size in SIZES if size <= most] or SIZES[:1]
+    key = (model.device, model.dtype, torch.get_num_threads(), len(sizes))
     if key not in found:
-        found[key] = _best(model, recording)
-    return max(SIZES[0], min(found[key], _most(model, recording)))
+        found[key] = _best(model, recording, head, sizes)
+    return found[key]
 
 
 def _most(model: HookedMultimodal, recording: Recording) -> int:
@@ -50,43 +55,44 @@ def _most(model: HookedMultimodal, recording: Recording) -> int:
 
 
 @torch.no_grad()
-def _best(model: HookedMultimodal, recording: Recording) -> int:
+def _best(model: HookedMultimodal, recording: Recording, head: Head, sizes: list[int]) -> int:
     each: dict[int, float] = {}
     best, idle = math.inf, 0
-    for size in SIZES:
+    for size in sizes:
         try:
-            each[size] = _seconds(model, recording, size)
+            each[size] = _seconds(model, recording, head, size)
         except torch.OutOfMemoryError:
             break
-        idle = 0 if each[size] < best * (1 - WORTH / 4) else idle + 1
+        idle = 0 if each[size] < best * (1 - WORTH / 3) else idle + 1
         best = min(best, each[size])
         if idle == 2:
             break
     for _ in range(TIMES - 1):  # in turn, so that whatever else the machine does meets all alike
         for size in each:
-            each[size] = min(each[size], _seconds(model, recording, size))
+            each[size] = min(each[size], _seconds(model, recording, head, size))
     enough = min(each.values(), default=0) / (1 - WORTH)
-    return min((size for size, taken in each.items() if taken <= enough), default=SIZES[0])
+    return min((size for size, taken in each.items() if taken <= enough), default=sizes[0])
 
 
-def _seconds(model: HookedMultimodal, recording: Recording, size: int) -> float:
-    """Time of one block for each token, over trials that begin in the middle of a prompt."""
-    tower, layer = model.towers[LANGUAGE], len(recording.blocks) // 2
-    block, core = recording.blocks[layer], tower.part(layer, "attn", tower.row.core)
-    assert core is not None
-    width = block.stream.shape[1]
-    own = np.arange(width // 2, width)
-    count = max(1, size // len(own))
-    trial, position = np.repeat(np.arange(count), len(own)), np.tile(own, count)
-    tokens = Tokens(trial, position, np.zeros(count, np.int64), width, model.device)
-    stream = tokens.of(block.stream)
-    tower.shape = stream.shape
+def _seconds(model: HookedMultimodal, recording: Recording, head: Head, size: int) -> float:
+    """Time for each token of a pass: trials that begin in the middle of a prompt, at one of the
+    last blocks, and change nothing."""
+    at = recording.stream(0).shape[1] // 2
+    hook = f"blocks.{max(0, len(recording.blocks) - BLOCKS)}.hook_resid_pre"
+    trials = np.arange(max(1, size // at))
+    zeros = np.zeros_like(trials)
+    places = Places((hook,), zeros, trials, zeros, zeros, zeros + at, zeros - 1)
+    rerun = Rerun(model, recording, places, [spot_of(model, hook)], _unchanged, head)
+    entering = replace(rerun.entries.trials(trials), shared=zeros)
     _wait(model.device)
     start = time.perf_counter()
-    with reentering(core, Reenter(tokens, block)):
-        tower.blocks[layer](stream, **tokens.options(block))
+    rerun.run(trials, entering)
     _wait(model.device)
-    return (time.perf_counter() - start) / len(tokens)
+    return (time.perf_counter() - start) / int((rerun.width - entering.start).sum())
+
+
+def _unchanged(hook: str, at: Ints, now: Tensor) -> Tensor:
+    return now
 
 
 def _wait(device: torch.device) -> None:

@@ -64,7 +64,7 @@ class Engine:
             found = record(model, batch, wanted, names, towers, behind, blocks=reuse)
             self.head = head_of(model, found, rows) if found.blocks else None
         self.recording: Recording = found.kept(shelf or Shelf())
-        self.tokens = tokens if tokens is not None else calibrated(model, self.recording)
+        self.tokens = tokens if tokens is not None else calibrated(model, self.recording, self.head)
 
     def _frozen_towers(self) -> list[str]:
         """Towers whose recorded blocks stand in for them: all that some change comes behind."""
