@@ -16,7 +16,7 @@ from mechmm.engine.engine import blocks_of, earliest, first_seen, seen_positions
 from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Spot, by_begin, spot_of
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
-from mechmm.engine.record import blocks_read, resumes
+from mechmm.engine.record import blocks_read, embedding, resumes
 from mechmm.engine.trials import Entries
 from mechmm.model.hooked import LANGUAGE
 
@@ -124,7 +124,7 @@ class _Compiler:
         if elsewhere:
             positions = seen_positions(batch.layout)
             towers = [tower for name, tower in self.model.towers.items() if name != LANGUAGE]
-            total += sum(len(t.blocks) * positions * t.cfg.d_model for t in towers)
+            total += sum((len(t.blocks) + 1) * positions * t.cfg.d_model for t in towers)
             total += sum(
                 positions * self.model.towers[tower].cfg.d_model
                 for tower, _ in {(s.tower, s.layer) for s in self.spots.values() if self._noted(s)}
@@ -253,13 +253,17 @@ class _Compiler:
     def _through(self, spot: Spot, shape: Shape, towards: bool, reuse: bool) -> float:
         """Operations of one copy of the batch from a spot on, up to the language model's blocks or
         to the end."""
-        total = float(self.cost.around(shape))
-        for number, name in enumerate(self.cost.blocks):
+        total = float(self.cost.projectors(shape))
+        for number, (name, tower) in enumerate(self.model.towers.items()):
+            ours = spot.tower == name and reuse
+            layer = max(spot.layer, 0) if ours else 0
+            frozen = reuse and embedding(tower) is not None
+            if not (frozen and (layer or 2 * number < spot.stage)):
+                total += self.cost.embed(name, shape)
             begun = 2 * number >= spot.stage or name == LANGUAGE or not reuse
-            layer = max(spot.layer, 0) if spot.tower == name and reuse else 0
             if begun and not (name == LANGUAGE and towards):
                 total += self.cost.tower(name, shape, layer)
-                if reuse and spot.tower == name and spot.entry != Entry.WHOLE:
+                if ours and spot.entry != Entry.WHOLE:
                     total -= self.cost.attention(name, shape, layer)
                 behind = max(layer, blocks_read(self.model, name))
                 total -= self.cost.tower(name, shape, behind) if reuse else 0

@@ -167,23 +167,26 @@ class Cost:
         each = 2 * int(blocks.queries[layer]) + 4 * width * int(blocks.heads[layer])
         return rows * width * each
 
-    def around(self, shape: Shape) -> int:
-        """Operations of embeddings and projectors, for one batch."""
+    def projectors(self, shape: Shape) -> int:
+        """Operations of the projectors, for one batch."""
         total = 0
-        for name, row in self.model.family.projectors.items():
-            del name
+        for row in self.model.family.projectors.values():
             rows, width = shape.rows_of.get(row.tower, (shape.prompts, shape.width))
             total += 2 * rows * width * weights(self.model.hf_model.get_submodule(row.root))
-        for name, tower in self.model.towers.items():
-            embed = tower.module(tower.row.embed)
-            if name in shape.rows_of and embed is not None:
-                rows, width = shape.rows_of[name]
-                parts = [m for m in embed.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
-                total += 2 * rows * width * sum(part.weight.numel() for part in parts)
         return total
+
+    def embed(self, name: str, shape: Shape) -> int:
+        """Operations of the embedding of a tower that sees or hears, for one batch."""
+        tower = self.model.towers[name]
+        embed = tower.module(tower.row.embed)
+        if name not in shape.rows_of or embed is None:
+            return 0
+        rows, width = shape.rows_of[name]
+        parts = [m for m in embed.modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))]
+        return 2 * rows * width * sum(part.weight.numel() for part in parts)
 
     def whole(self, shape: Shape) -> int:
         """Operations of the whole model on one batch, with all logits where they are read."""
-        towers = sum(self.tower(name, shape) for name in self.blocks)
+        towers = sum(self.tower(name, shape) + self.embed(name, shape) for name in self.blocks)
         unembed = Shape(shape.prompts, shape.width, shape.wanted, 0, shape.rows_of)
-        return towers + self.around(shape) + shape.prompts * self.head(unembed)
+        return towers + self.projectors(shape) + shape.prompts * self.head(unembed)

@@ -75,6 +75,7 @@ class Recording:
         logits: the logits there [batch, token, vocab]; what an encoder gives.
         hooks: values of the hooks that were asked for.
         given: raw outputs of the blocks of every tower that runs once, by tower.
+        embedded: the same of their embeddings, where there is one.
         z: what attention gave in some blocks of these, by (tower, layer).
         blocks: of the language model, where it can run some positions alone; else empty.
         end: what left the last of them [batch, pos, d_model].
@@ -85,6 +86,7 @@ class Recording:
     logits: Tensor
     hooks: dict[str, Tensor]
     given: dict[str, list[Any]]
+    embedded: dict[str, Any] = field(default_factory=dict)
     z: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     blocks: list[Block] = field(default_factory=list)
     end: Tensor | None = None
@@ -149,7 +151,8 @@ def record(
     _note_additions(called)
     found = {name: o.found for name, o in given.items() if o.once}
     z = {(name, layer): value for (name, layer), value in z.items() if name in found}
-    return Recording(batch, wanted, logits, kept, found, z, called, end)
+    embedded = {name: given[name].embedded[0] for name in found if len(given[name].embedded) == 1}
+    return Recording(batch, wanted, logits, kept, found, embedded, z, called, end)
 
 
 def values(model: HookedMultimodal, batch: Batch, hooks: Iterable[str]) -> dict[str, Tensor]:
@@ -190,11 +193,21 @@ def _keep(kept: dict[str, Tensor], value: Tensor, hook: Any) -> None:
     kept[hook.name] = value.detach()
 
 
+def embedding(tower: Tower) -> nn.Module | None:
+    """The module that makes a tower's first stream of pixels or sound, if it has one that treats
+    every row of a batch alone."""
+    row = tower.row
+    if tower.name == LANGUAGE or row.packed is not None or (row.embed or "<").startswith("<"):
+        return None
+    return tower.module(row.embed)
+
+
 class _Outputs:
-    """What the blocks of a tower give."""
+    """What the embedding and the blocks of a tower give."""
 
     def __init__(self, tower: Tower) -> None:
         self.tower = tower
+        self.embedded: list[Any] = []
         self.found: list[Any] = []
 
     @property
@@ -206,7 +219,13 @@ class _Outputs:
         def keep(module: nn.Module, args: tuple, output: Any) -> None:
             self.found.append(output)
 
+        def embed(module: nn.Module, args: tuple, output: Any) -> None:
+            self.embedded.append(output)
+
         handles = [block.register_forward_hook(keep) for block in self.tower.blocks]
+        module = embedding(self.tower)
+        if module is not None:
+            handles.append(module.register_forward_hook(embed))
         try:
             yield
         finally:

@@ -21,7 +21,7 @@ from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first, zeros
 from mechmm.engine.places import Entry, Ints, Places, Spot, Values, halves, index
 from mechmm.engine.projections import KEYS, NAMES
-from mechmm.engine.record import Recording, blocks_read
+from mechmm.engine.record import Recording, blocks_read, embedding
 from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
@@ -89,6 +89,9 @@ class Whole:
             before = max(first.layer, 0) if first.tower == name else before
             behind = blocks_read(self.model, name)
             given = self.recording.given.get(name, [])
+            embed = embedding(tower)
+            if before and embed is not None and name in self.recording.embedded:
+                forwards[embed] = constant(_tiled(self.recording.embedded[name], copies, tower))
             for layer, (block, output) in enumerate(zip(tower.blocks, given, strict=False)):
                 if not before <= layer < behind:
                     forwards[block] = constant(_tiled(output, copies, tower))
