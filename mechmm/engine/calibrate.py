@@ -31,7 +31,7 @@ _FOUND: WeakKeyDictionary[HookedMultimodal, dict[tuple, int]] = WeakKeyDictionar
 
 def calibrated(model: HookedMultimodal, recording: Recording, head: Head | None) -> int:
     """Tokens of one forward pass: as many as are fastest, which is found once for a model on a
-    device, but no more than take as much memory as the recorded blocks."""
+    device, but no more than take as much memory as what is recorded."""
     if head is None:
         return DEFAULT
     found, most = _FOUND.setdefault(model, {}), _most(model, recording)
@@ -43,15 +43,13 @@ def calibrated(model: HookedMultimodal, recording: Recording, head: Head | None)
 
 
 def _most(model: HookedMultimodal, recording: Recording) -> int:
-    """Tokens that take as much memory in a block as all recorded blocks.
+    """Tokens that take as much memory in a block as all that is recorded.
 
     In attention there are up to ten tensors of the stream's size at once, in the MLP four and
     three of the hidden layer's.
     """
-    parts = [(b.stream, b.keys, b.values) for b in recording.blocks]
-    state = sum(part.numel() for block in parts for part in block if part is not None)
     d_model, d_mlp = model.cfg.d_model, model.cfg.d_mlp or 0
-    return state // max(10 * d_model, 4 * d_model + 3 * d_mlp)
+    return recording.numbers // max(10 * d_model, 4 * d_model + 3 * d_mlp)
 
 
 @torch.no_grad()

@@ -77,12 +77,8 @@ class _Compiler:
         """Where the trials of every site enter."""
         table = self.sweep.sites.table[["hook", "tower", "span", "position"]].copy()
         spots = [self.spots[hook] for hook in table["hook"]]
-        resumed = [self._resumable(spot) for spot in spots]
         table["layer"] = [spot.layer for spot in spots]
-        table["enters"] = [
-            spot.entry.name.lower() if goes_on else "whole"
-            for spot, goes_on in zip(spots, resumed, strict=True)
-        ]
+        table["enters"] = [self._enters(spot).name.lower() for spot in spots]
         return table
 
     @property
@@ -154,8 +150,15 @@ class _Compiler:
 
     def _noted(self, spot: Spot) -> bool:
         """Whether what attention gives in a spot's block is recorded for trials to begin there."""
-        behind = spot.entry != Entry.WHOLE and spot.tower in self.model.towers
-        return behind and not self._resumable(spot)
+        if self._resumable(spot) or spot.entry == Entry.WHOLE:
+            return False
+        return bool(self.cost.blocks[spot.tower].attn[spot.layer])
+
+    def _enters(self, spot: Spot) -> Entry:
+        """Where in its block a trial begins that changes something at a spot."""
+        if self._resumable(spot):
+            return spot.entry
+        return Entry.MIDDLE if self._noted(spot) else Entry.WHOLE
 
     # One batch -------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class _Compiler:
             begun = 2 * number >= spot.stage or name == LANGUAGE or not reuse
             if begun and not (name == LANGUAGE and towards):
                 total += self.cost.tower(name, shape, layer)
-                if ours and spot.entry != Entry.WHOLE:
+                if ours and self._noted(spot):
                     total -= self.cost.attention(name, shape, layer)
                 behind = max(layer, blocks_read(self.model, name))
                 total -= self.cost.tower(name, shape, behind) if reuse else 0

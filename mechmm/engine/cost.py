@@ -161,8 +161,6 @@ class Cost:
     def attention(self, name: str, shape: Shape, layer: int) -> int:
         """Operations of a block's projections and attention, up to z, for one batch."""
         blocks = self.blocks[name]
-        if not blocks.attn[layer]:
-            return 0
         rows, width = shape.rows_of.get(name, (shape.prompts, shape.width))
         each = 2 * int(blocks.queries[layer]) + 4 * width * int(blocks.heads[layer])
         return rows * width * each

@@ -98,6 +98,14 @@ class Recording:
         end = None if self.end is None else shelf.put({"end": self.end})["end"]
         return replace(self, hooks=hooks, blocks=blocks, end=end)
 
+    @property
+    def numbers(self) -> int:
+        """How many numbers are recorded."""
+        blocks = [part for b in self.blocks for part in (b.stream, b.keys, b.values)]
+        towers = [first_of(output) for outputs in self.given.values() for output in outputs]
+        tensors = [*self.hooks.values(), *self.z.values(), *towers, *blocks]
+        return sum({id(t): t.numel() for t in tensors if t is not None}.values())
+
     def stream(self, layer: int) -> Tensor:
         """What entered a block, or left the last one [batch, pos, d_model]."""
         if layer < len(self.blocks):

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from full_runs import Change, Subject, Trial, engine_runs, error, hooks_of
+from torch.utils.flop_counter import FlopCounterMode
 
+from mechmm.engine.engine import seen_positions
+from mechmm.engine.places import Entry, spot_of
 from mechmm.engine.plan import fallbacks
 from mechmm.engine.projections import Projections
 from mechmm.model.families import FAMILIES
@@ -134,6 +137,28 @@ def test_projections_of_unchanged_positions_are_computed_once(family, monkeypatc
     assert any(known), "all positions were computed for every trial"
 
 
+@pytest.mark.parametrize("family", RECIPES)
+def test_trials_that_begin_behind_attention_equal_full_runs(family):
+    subject = Subject(family)
+    resumed = family not in WHOLE
+    spots = {hook: spot_of(subject.model, hook) for hook in subject.model.hook_dict}
+    hooks = [
+        hook
+        for hook, spot in spots.items()
+        if hook in subject.cache
+        and spot.entry != Entry.WHOLE
+        and spot.layer == 1
+        and not (resumed and spot.tower == "language")
+    ]
+    trials = [Trial(i % 2, (subject.change(h, i % 2, 0.5),)) for i, h in enumerate(hooks)]
+    if not trials:
+        pytest.skip("no block that begins behind its attention")
+    engine = subject.engine(trials, tokens=1)
+    assert error(engine_runs(engine, trials), subject.full_runs(trials)) < CLOSE
+    begun = {(spots[hook].tower, 1) for hook in hooks if ".attn." in hook or "attn_out" in hook}
+    assert begun <= engine.recording.z.keys()
+
+
 def test_one_entry_of_the_stream_can_be_changed():
     subject = Subject("llava")
     names = [f"blocks.1.hook_{name}" for name in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
@@ -203,6 +228,21 @@ def entered():
 def trial(subject: Subject, hook: str, at: float) -> list[Trial]:
     change: Change = subject.change(hook, 1, at)
     return [Trial(1, (change,))]
+
+
+def test_attention_before_a_change_in_the_vision_tower_does_not_run():
+    subject, ran = Subject("llava"), {}
+    for name in ("hook_resid_pre", "attn.hook_z"):
+        trials = trial(subject, f"vision.blocks.1.{name}", 0.5)
+        engine = subject.engine(trials, tokens=900)
+        with FlopCounterMode(display=False) as counter:
+            engine_runs(engine, trials)
+        ran[name] = counter.get_total_flops()
+        assert torch.ops.aten.convolution not in counter.get_flop_counts()["Global"]
+    tower = subject.model.towers["vision"]
+    weights = sum(tower.linear(1, name).weight.numel() for name in "qkv")
+    skipped = 2 * weights * seen_positions(subject.batch.layout)
+    assert ran["hook_resid_pre"] - ran["attn.hook_z"] >= skipped
 
 
 def test_what_a_change_cannot_reach_does_not_run(entered):

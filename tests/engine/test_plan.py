@@ -103,10 +103,11 @@ def test_sites_say_where_their_trials_enter(model, pictures):
         + tables.mlps(model, towers=["language"], layers=[1])
         + tables.attention(model, towers=["language"], layers=[2])
         + tables.mlps(model, towers=["vision"], layers=[1])
+        + tables.residual(model, towers=["vision"], layers=[1])
     )
     found = Sweep(model, pictures, table).plan().sites
-    assert found["enters"].tolist() == ["whole", "middle", "end", "middle", "whole"]
-    assert found["layer"].tolist() == [1, 1, 1, 2, 1]
+    assert found["enters"].tolist() == ["whole", "middle", "end", "middle", "middle", "whole"]
+    assert found["layer"].tolist() == [1, 1, 1, 2, 1, 1]
 
 
 def test_a_plan_is_made_without_a_pass_and_reads_well(model, pictures, monkeypatch):
