@@ -61,8 +61,12 @@ class Block:
         found = shelf.put(there)
         if self.attn is None:
             return replace(self, **found)
-        attn = shelf.put({"attn": first_of(self.attn)})["attn"]
-        return replace(self, **found, attn=with_first(self.attn, attn))
+        return replace(self, **found, attn=_kept(self.attn, shelf))
+
+
+def _kept(output: Any, shelf: Shelf) -> Any:
+    """What a module gave, its first tensor where a shelf keeps it."""
+    return with_first(output, shelf.put({"output": first_of(output)})["output"])
 
 
 @dataclass
@@ -96,7 +100,11 @@ class Recording:
         hooks = shelf.put(self.hooks)
         blocks = [block.kept(shelf) for block in self.blocks]
         end = None if self.end is None else shelf.put({"end": self.end})["end"]
-        return replace(self, hooks=hooks, blocks=blocks, end=end)
+        given = {name: [_kept(o, shelf) for o in outputs] for name, outputs in self.given.items()}
+        embedded = {name: _kept(output, shelf) for name, output in self.embedded.items()}
+        z = {block: _kept(value, shelf) for block, value in self.z.items()}
+        behind = {"given": given, "embedded": embedded, "z": z}
+        return replace(self, hooks=hooks, blocks=blocks, end=end, **behind)
 
     @property
     def numbers(self) -> int:

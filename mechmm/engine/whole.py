@@ -25,7 +25,6 @@ from mechmm.engine.record import Recording, blocks_read, embedding
 from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
-from mechmm.model.tower import Tower
 
 
 class Whole:
@@ -91,11 +90,19 @@ class Whole:
             given = self.recording.given.get(name, [])
             embed = embedding(tower)
             if before and embed is not None and name in self.recording.embedded:
-                forwards[embed] = constant(_tiled(self.recording.embedded[name], copies, tower))
+                forwards[embed] = constant(self._tiled(name, self.recording.embedded[name], copies))
             for layer, (block, output) in enumerate(zip(tower.blocks, given, strict=False)):
                 if not before <= layer < behind:
-                    forwards[block] = constant(_tiled(output, copies, tower))
+                    forwards[block] = constant(self._tiled(name, output, copies))
         return forwards
+
+    def _tiled(self, tower: str, output: Any, times: int) -> Any:
+        """What a module of a tower gave, for as many copies of the batch."""
+        packed = self.model.towers[tower].row.packed
+        value = first_of(output).to(self.recording.logits.device)
+        axis = packed.axis if packed is not None else 0
+        repeats = [times if i == axis else 1 for i in range(value.ndim)]
+        return with_first(output, value.repeat(repeats))
 
     @contextmanager
     def _attended(self, first: Spot, copies: int) -> Iterator[None]:
@@ -112,7 +119,8 @@ class Whole:
         linears = (tower.linear(first.layer, name) for name in names)
         skipped: dict[nn.Module, Callable] = {m: zeros(m) for m in linears if m is not None}
         repeats = (1, copies) if tower.row.packed is not None else (copies, 1)
-        with frozen(skipped), reentering(core, _Given(z.repeat(*repeats, 1, 1))):
+        z = z.to(self.recording.logits.device).repeat(*repeats, 1, 1)
+        with frozen(skipped), reentering(core, _Given(z)):
             yield
 
     def _hooks(self, copies: Ints) -> list[Any]:
@@ -155,15 +163,6 @@ class _Given:
 
 def _halt(*args: Any, **kwargs: Any) -> Any:
     raise Halt(args[0] if args else kwargs["hidden_states"])
-
-
-def _tiled(output: Any, times: int, tower: Tower) -> Any:
-    """What a block gave, for as many copies of the batch."""
-    packed = tower.row.packed
-    value = first_of(output)
-    axis = packed.axis if packed is not None else 0
-    repeats = [times if i == axis else 1 for i in range(value.ndim)]
-    return with_first(output, value.repeat(repeats))
 
 
 def tile(batch: Batch, times: int) -> Batch:
