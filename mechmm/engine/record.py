@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import first_of, with_first
-from mechmm.engine.places import QUERY_ROWS, Spot
+from mechmm.engine.places import QUERY_ROWS, Entry, Spot
 from mechmm.engine.shelf import Shelf
 from mechmm.model.attention import Compute, States, reentering
 from mechmm.model.batch import Batch
@@ -155,7 +155,8 @@ def record(
             if core is not None:
                 stack.enter_context(reentering(core, _Note(z, (name, layer))))
         if blocks and wanted is not None and resumes(model):
-            attn = {spot.layer for spot in behind if spot.tower == LANGUAGE}
+            middle = [spot for spot in behind if spot.entry == Entry.MIDDLE]
+            attn = {spot.layer for spot in middle if spot.tower == LANGUAGE}
             called = stack.enter_context(_blocks(model.towers[LANGUAGE], attn))
         streams = {f"blocks.{i}.hook_resid_pre": i for i in range(model.cfg.n_layers)}
         streams = streams if blocks and wanted is not None and resumes(model) else {}
