@@ -90,6 +90,26 @@ def test_families_resume_where_they_can_and_say_why_elsewhere(run):
     assert ("vision features enter several" in notes) == (family in DEEPSTACK)
 
 
+def test_trials_that_begin_behind_attention_equal_full_runs(run):
+    subject, resumed = run.subject, run.subject.family not in WHOLE
+    spots = {hook: spot_of(subject.model, hook) for hook in subject.model.hook_dict}
+    hooks = [
+        hook
+        for hook, spot in spots.items()
+        if hook in subject.cache
+        and spot.entry != Entry.WHOLE
+        and spot.layer == 1
+        and not (resumed and spot.tower == "language")
+    ]
+    trials = [Trial(i % 2, (subject.change(h, i % 2, 0.5),)) for i, h in enumerate(hooks)]
+    if not trials:
+        pytest.skip("no block that begins behind its attention")
+    engine = subject.engine(trials, tokens=1)
+    assert error(engine_runs(engine, trials), subject.full_runs(trials)) < CLOSE
+    begun = {(spots[hook].tower, 1) for hook in hooks if ".attn." in hook or "attn_out" in hook}
+    assert begun <= engine.recording.z.keys()
+
+
 def together(subject: Subject, *, add: bool) -> list[Trial]:
     """Trials that change several hooks, of those that a family has."""
     trials = []
@@ -135,28 +155,6 @@ def test_projections_of_unchanged_positions_are_computed_once(family, monkeypatc
     found = engine_runs(subject.engine(trials, tokens=200), trials)
     assert error(found, subject.full_runs(trials)) < CLOSE
     assert any(known), "all positions were computed for every trial"
-
-
-@pytest.mark.parametrize("family", RECIPES)
-def test_trials_that_begin_behind_attention_equal_full_runs(family):
-    subject = Subject(family)
-    resumed = family not in WHOLE
-    spots = {hook: spot_of(subject.model, hook) for hook in subject.model.hook_dict}
-    hooks = [
-        hook
-        for hook, spot in spots.items()
-        if hook in subject.cache
-        and spot.entry != Entry.WHOLE
-        and spot.layer == 1
-        and not (resumed and spot.tower == "language")
-    ]
-    trials = [Trial(i % 2, (subject.change(h, i % 2, 0.5),)) for i, h in enumerate(hooks)]
-    if not trials:
-        pytest.skip("no block that begins behind its attention")
-    engine = subject.engine(trials, tokens=1)
-    assert error(engine_runs(engine, trials), subject.full_runs(trials)) < CLOSE
-    begun = {(spots[hook].tower, 1) for hook in hooks if ".attn." in hook or "attn_out" in hook}
-    assert begun <= engine.recording.z.keys()
 
 
 def test_one_entry_of_the_stream_can_be_changed():
