@@ -75,9 +75,10 @@ def _best(model: HookedMultimodal, recording: Recording, head: Head, sizes: list
 def _seconds(model: HookedMultimodal, recording: Recording, head: Head, size: int) -> float:
     """Time for each token of a pass: trials that begin in the middle of a prompt, at one of the
     last blocks, and change nothing."""
-    at = recording.stream(0).shape[1] // 2
+    width = recording.stream(0).shape[1]
+    at = width // 2
     hook = f"blocks.{max(0, len(recording.blocks) - BLOCKS)}.hook_resid_pre"
-    trials = np.arange(max(1, size // at))
+    trials = np.arange(max(1, size // (width - at)))
     zeros = np.zeros_like(trials)
     places = Places((hook,), zeros, trials, zeros, zeros, zeros + at, zeros - 1)
     rerun = Rerun(model, recording, places, [spot_of(model, hook)], _unchanged, head)
