@@ -73,9 +73,8 @@ class Tokens:
         """The values of a recorded tensor [batch, pos, ...] for every token [1, token, ...]."""
         if self.even is None:
             return pick(recorded, *self.index, device=self.device)[None]
-        first = int(self.position[0])
-        span = recorded[:, first : first + self.even].to(self.device)
-        own = self.by_prompt(span).clone(memory_format=torch.contiguous_format)
+        own = self.by_prompt(recorded[:, self._span].to(self.device))
+        own = own.clone(memory_format=torch.contiguous_format)
         return own.flatten(0, 1)[None]
 
     def joined(self, other: Tokens) -> Tokens:
@@ -138,6 +137,11 @@ class Tokens:
         ordered = np.array_equal(self.trial, np.repeat(self.trials, count))
         return count if same and ordered else None
 
+    @property
+    def _span(self) -> slice:
+        """The positions of each trial, where `even`."""
+        return slice(int(self.position[0]), int(self.position[-1]) + 1)
+
     def by_prompt(self, recorded: Tensor) -> Tensor:
         """Recorded values [batch, ...] for every trial [trial, ...]; without a copy of one."""
         if len(recorded) == 1:
@@ -155,9 +159,7 @@ class Tokens:
         if self.even is None:
             whole[self.rows, :, self.index[1]] = new.transpose(0, 1)
         else:
-            first = int(self.position[0])
-            own = new.unflatten(1, (-1, self.even)).transpose(0, 1)
-            whole[:, :, first : first + self.even] = own
+            whole[:, :, self._span] = new.unflatten(1, (-1, self.even)).transpose(0, 1)
 
     @cached_property
     def known(self) -> int:
