@@ -21,7 +21,7 @@ demo: $(INSTALLED) ## a first experiment on the shipped demo model
 	$(BIN)/mechmm demo
 
 test: $(INSTALLED) ## the test suite, without the slow tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 lint: $(INSTALLED) ## style, formatting, types and the import arrows
 	@failed=; \

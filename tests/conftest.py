@@ -1,4 +1,5 @@
-"""Every test runs with jaxtyping's shape checks on, on two threads, and without the network."""
+"""Every test runs with jaxtyping's shape checks on and without the network, on two threads or in
+one of several processes (`pytest -n`) on one."""
 
 import os
 
@@ -9,4 +10,4 @@ from jaxtyping import install_import_hook
 
 # Only modules imported after this are checked, so nothing above may import mechmm.
 install_import_hook("mechmm", "typechecker.checked")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
