@@ -14,11 +14,15 @@ if TYPE_CHECKING:
     from mechmm.engine import sites
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
+    from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.patching import Patching, patch
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
     from mechmm.model.layout import Box, Patches, TokenLayout, Words
+    from mechmm.results.circuit import Circuit
+    from mechmm.results.graph import Graph
     from mechmm.results.report import Page
 
 __version__ = "0.1.0"
@@ -28,20 +32,28 @@ _HOME = {
     "mechmm.data.pairs": ("Pair", "PairDataset", "Prompt"),
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
+    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
+    "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
     "mechmm.model.layout": ("Box", "Patches", "TokenLayout", "Words"),
+    "mechmm.results.circuit": ("Circuit",),
+    "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
 }
 _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
+    "Attribution",
     "Audit",
     "Batch",
     "Box",
+    "Circuit",
+    "Faithfulness",
+    "Graph",
     "HookedMultimodal",
     "Page",
     "Pair",
@@ -54,8 +66,12 @@ __all__ = [
     "TokenLayout",
     "Words",
     "accuracy",
+    "attribute",
     "audit",
     "data",
+    "faithfulness",
+    "faithfulness_curve",
+    "graph",
     "kl",
     "log_prob",
     "logit_diff",

@@ -154,7 +154,7 @@ def slopes(
         return value.clone()  # what comes behind may write into it
 
     live: list[tuple[str | Callable, Callable]] = [(name, catch) for name in hooks]
-    with torch.enable_grad(), _constant(model.hf_model), model.hooks(fwd_hooks=live):
+    with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=live):
         total = part.reduce(part.logits(model), answers).sum()
         values = [value for firings in caught.values() for value in firings]
         if not total.requires_grad:  # no hook fired that the logits depend on
@@ -165,7 +165,7 @@ def slopes(
 
 
 @contextmanager
-def _constant(module: nn.Module) -> Iterator[None]:
+def constant(module: nn.Module) -> Iterator[None]:
     """While it lasts, no parameter needs a gradient: graphs begin at the first hook."""
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in learning:

@@ -31,7 +31,7 @@ class Located:
     def __init__(self, layout: TokenLayout, seed: int = 0) -> None:
         layout.refuse_two_kinds()
         self.layout, self.seed = layout, seed
-        self._every, self._span = cache(self._everything), cache(self._covered)
+        self._every, self._span = cache(self._everything), cache(self.covered)
 
     def places(self, site: Any, number: int, prompt: int) -> Where:
         """The places of a site.
@@ -59,7 +59,7 @@ class Located:
             )
         return every[at][None]
 
-    def _covered(self, tower: str, span: str, prompt: int) -> Where:
+    def covered(self, tower: str, span: str, prompt: int) -> Where:
         """The places of a span."""
         layout = self.layout
         if tower in READING:
@@ -77,7 +77,7 @@ class Located:
             real = (self.layout.modality[prompt] != PADDING).nonzero().flatten().tolist()
             return _where([(prompt, position) for position in real])
         if tower in SEEING:
-            return self._covered(tower, "all", prompt)
+            return self.covered(tower, "all", prompt)
         return _where([place for _, place in _projected(self.layout, prompt)])
 
 

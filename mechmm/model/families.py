@@ -14,16 +14,26 @@ from mechmm.model.stacks import STACKS
 Grids = Callable[[Any, Mapping[str, Any]], list[Medium]]
 
 
-def _behind_chosen_layer(config: Any) -> dict[str, str]:
-    """What lies behind the vision layer that the projector reads (`vision_feature_layer`)."""
+def _chosen_layers(config: Any) -> tuple[int, ...]:
+    """The hidden states that the projector reads (`vision_feature_layer`)."""
     layers = config.vision_config.num_hidden_layers
     chosen = config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else chosen
-    last = max(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
+    return tuple(layer if layer >= 0 else layers + 1 + layer for layer in chosen)
+
+
+def _behind_chosen_layer(config: Any) -> dict[str, str]:
+    """What lies behind the vision layers that the projector reads."""
+    layers, last = config.vision_config.num_hidden_layers, max(_chosen_layers(config))
+    chosen = config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
     reason = f"the projector reads vision layer {chosen} (vision_feature_layer)"
     behind = "|".join(str(layer) for layer in range(last, layers))
     found = {r"(vision|video)\.ln_final\..*": reason}
     return found | ({rf"(vision|video)\.blocks\.({behind})\..*": reason} if behind else {})
+
+
+_CHOSEN: Mapping[str, Any] = {"reads": _chosen_layers, "unread": _behind_chosen_layer}
 
 
 def _cancelled_scales(config: Any) -> dict[str, str]:
@@ -82,6 +92,17 @@ def _deepstack(config: Any) -> int:
     return len(config.vision_config.deepstack_visual_indexes)
 
 
+def _deepstack_reads(config: Any) -> tuple[int, ...]:
+    indexes = config.vision_config.deepstack_visual_indexes
+    return (*(index + 1 for index in indexes), config.vision_config.depth)
+
+
+def _mllama_reads(config: Any) -> tuple[int, ...]:
+    """What the global transformer makes of the last one is no longer the same stream."""
+    vision = config.vision_config
+    return (*vision.intermediate_layers_indices, vision.num_hidden_layers)
+
+
 _QWEN_MEDIA = (_images(packed.images_by_grid), _videos(packed.videos_by_grid))
 _ENCODED = _images(encoders.patches, None)
 
@@ -110,13 +131,11 @@ _TOKENIZER = {"image tokenizer": "it chooses codes, through which no gradient fl
 
 _ROWS = (
     # A tower whose features take the places of placeholders
-    _llava_like(
-        "LlavaForConditionalGeneration", _images(_llava_images), unread=_behind_chosen_layer
-    ),
+    _llava_like("LlavaForConditionalGeneration", _images(_llava_images), **_CHOSEN),
     _llava_like(
         "VipLlavaForConditionalGeneration",
         _images(single.llava_without_first),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     Family(
         "VideoLlavaForConditionalGeneration",
@@ -126,32 +145,30 @@ _ROWS = (
             _videos(single.frames),
         ),
         TWO_LAYERS,
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
-    _llava_like(
-        "LlavaNextForConditionalGeneration", _images(tiles.anyres), unread=_behind_chosen_layer
-    ),
+    _llava_like("LlavaNextForConditionalGeneration", _images(tiles.anyres), **_CHOSEN),
     _llava_like(
         "LlavaNextVideoForConditionalGeneration",
         _images(tiles.anyres),
         _videos(tiles.averaged_frames),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     _llava_like(
         "LlavaOnevisionForConditionalGeneration",
         _images(tiles.anyres),
         _videos(tiles.halved_frames),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     _llava_like(
         "InternVLForConditionalGeneration",
         _images(tiles.unmarked_tiles),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     _llava_like(
         "AyaVisionForConditionalGeneration",
         _images(tiles.lone_marks),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     _llava_like("Cohere2VisionForConditionalGeneration", _images(tiles.lone_marks)),
     _llava_like(
@@ -167,7 +184,7 @@ _ROWS = (
     _llava_like(
         "Mistral3ForConditionalGeneration",
         _images(packed.images_by_size),
-        unread=_behind_chosen_layer,
+        **_CHOSEN,
     ),
     _llava_like(
         "PaliGemmaForConditionalGeneration",
@@ -231,6 +248,7 @@ _ROWS = (
                 "deepstack": replace(MERGER, root="model.visual.deepstack_merger_list"),
             },
             deepstack=_deepstack,
+            reads=_deepstack_reads,
         )
         for architecture in (
             "Qwen3VLForConditionalGeneration",
@@ -298,6 +316,7 @@ _ROWS = (
         (_images(tiles.attended_tiles, "image_token_index"),),
         {"projector": Projector("model.multi_modal_projector", last=False)},
         resume="cross",
+        reads=_mllama_reads,
         unread=_cancelled_scales,
     ),
     Family(

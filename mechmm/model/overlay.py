@@ -70,6 +70,8 @@ class Overlay(Taps):
             self.enter(block, tower)
         stream = partial(view, where="stream")
         self.input(block, f"{name}.hook_resid_pre", stream)
+        # Before what the MLP adds, which is read from the same output where there is a gate.
+        self.output(block, f"{name}.hook_resid_post", stream)
         self._lay_middle(tower, layer)
         for part, prefix in (("attn", ""), ("cross_attn", "cross_")):
             self._lay_attention(tower, layer, part, prefix, eager)
@@ -77,7 +79,6 @@ class Overlay(Taps):
         for norm in ("ln1", "ln1_post", "ln_cross", "ln2", "ln2_post"):
             module = tower.module(getattr(row, norm), layer)
             self.norm(module, f"{name}.{norm}", row.norm, view)
-        self.output(block, f"{name}.hook_resid_post", stream)
         for part in ("attn", "cross_attn", "mlp"):
             node = self.root.get_submodule(name)._modules.get(part)
             if isinstance(node, Component):
@@ -112,14 +113,14 @@ class Overlay(Taps):
         row, view = tower.row, tower.shown
         name = f"{tower.prefix}blocks.{layer}"
         ln2, into = tower.module(row.ln2, layer), tower.linear(layer, "mlp_in")
+        if row.gated:  # before `hook_mlp_in`, whose edits reach the MLP alone, not the stream
+            assert ln2 is not None
+            self.added(ln2, tower.blocks[layer], f"{name}.hook_mlp_out", tower, behind=True)
         if row.post_norm:
             self.input(into, f"{name}.hook_mlp_in", view)
         elif ln2 is not None:
             self.input(ln2, f"{name}.hook_mlp_in", view)
-        if row.gated:
-            assert ln2 is not None
-            self.added(ln2, tower.blocks[layer], f"{name}.hook_mlp_out", tower, behind=True)
-        else:
+        if not row.gated:
             added = tower.first(layer, row.mlp_out_at, row.ln2_post, row.mlp)
             self.output(added, f"{name}.hook_mlp_out", view)
         points = [f"{name}.mlp.hook_pre", f"{name}.mlp.hook_pre_linear"]

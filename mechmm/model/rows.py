@@ -167,6 +167,8 @@ class Family:
         deepstack: (config) -> number of language blocks after which vision features are added.
         stacks: name in `STACKS` of towers whose config does not tell it, by tower.
         absent: parts of the model that have no hooks -> why.
+        reads: (config) -> which hidden states of the seeing tower are read by something else than
+            its next block: `i` is what enters block `i`. Empty: what leaves the last block.
         unread: (config) -> hook name patterns that this configuration leaves unread, each with
             the reason.
     """
@@ -182,4 +184,5 @@ class Family:
     deepstack: Callable[[Any], int] = field(default=lambda config: 0)
     stacks: Mapping[str, str] = field(default_factory=dict)
     absent: Mapping[str, str] = field(default_factory=dict)
+    reads: Callable[[Any], tuple[int, ...]] = field(default=lambda config: ())
     unread: Callable[[Any], Mapping[str, str]] = field(default=lambda config: {})

@@ -300,11 +300,12 @@ class Tower:
     def weight(self, name: str, block: int, prefix: str = "") -> Tensor | None:
         """A weight or bias of one block as a view, or None where the block has none.
 
-        W_Q [head, d_model, d_head] (W_K, W_V: key-value heads), W_O [head, d_head, d_model],
+        W_Q [head, d_model, d_head] (W_K, W_V: key-value heads; W_G: a gate that the query
+        projection gives besides), W_O [head, d_head, d_model],
         W_in, W_gate [d_model, d_mlp], W_out [d_mlp, d_model]; b_Q [head, d_head], b_O [d_model].
         """
         kind, what = name.split("_")
-        if what in "QKV":
+        if what in "QKVG":
             return self._head_weight(kind, what, block, prefix)
         place = {"in": "mlp_in", "gate": "mlp_gate", "out": "mlp_out"}.get(what, f"{prefix}o")
         linear = self.linear(block, place)
@@ -322,7 +323,8 @@ class Tower:
         """A weight or bias of the query, key or value projection, head by head."""
         attribute, d = "weight" if kind == "W" else "bias", self.d_head(block)
         fused = None if prefix else self.linear(block, "qkv")
-        linear = fused if fused is not None else self.linear(block, prefix + what.lower())
+        name = "q" if what == "G" else what.lower()
+        linear = fused if fused is not None else self.linear(block, prefix + name)
         value = getattr(linear, attribute, None)
         if value is None:
             return None
@@ -332,8 +334,8 @@ class Tower:
             value = rearrange(
                 value, f"{layout} ... -> three head d_head ...", three=3, head=self.heads(block)
             )["QKV".index(what)]
-        elif what == "Q" and self.row.q_gate:
-            value = rearrange(value, "(h two d) ... -> two h d ...", two=2, d=d)[0]
+        elif what in "QG" and self.row.q_gate:
+            value = rearrange(value, "(h two d) ... -> two h d ...", two=2, d=d)["QG".index(what)]
         else:
             value = rearrange(value, "(h d) ... -> h d ...", d=d)
         return value.transpose(1, 2) if kind == "W" else value

@@ -1,0 +1,231 @@
+"""Both runs of a batch of pairs, seen from the residual streams of the model.
+
+The clean run is compared with a reference: the corrupt prompt's run, the mean over all clean runs
+(of every position of a span, per component), or zeros.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mechmm.data.metrics import Answers, Metric, prepared, readings
+from mechmm.data.metrics import Reading as Part
+from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.edges import Places, places_of
+from mechmm.engine.flow import Flow, hooks_of, values
+from mechmm.engine.splice import Splice, stream_at
+from mechmm.engine.wiring import Wiring
+from mechmm.engine.writers import Values, Writer, writers_of
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.layout import IMAGE
+
+Target = Literal["corrupt", "mean", "zero"]
+"""What takes the place of what is cut off."""
+Means = dict[str, dict[str, list[Tensor]]]
+"""By tower and hook: the mean in every span, over all clean runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """One reading of a batch of pairs.
+
+    Attributes:
+        clean_part, corrupt_part: what runs for both prompts.
+        clean: the clean run.
+        reference: values of the hooks of all writers in the reference run.
+        metric: of the reference run, where it is a run [example].
+        indices: of the pairs.
+    """
+
+    model: HookedMultimodal
+    wiring: Wiring
+    clean_part: Part
+    corrupt_part: Part
+    answers: Answers
+    clean: Flow
+    reference: Values
+    metric: Tensor | None
+    indices: tuple[int, ...]
+
+    @cached_property
+    def writers(self) -> list[Writer]:
+        """How every group of writers writes that ran."""
+        seen = self.clean_part.batch.layout.modality >= IMAGE
+        groups = [g for g in self.wiring.writers if g.tower in self._ran]
+        return writers_of(self.model, groups, seen, self.clean.values)
+
+    @cached_property
+    def _ran(self) -> set[str]:
+        prefixes = {name: tower.prefix for name, tower in self.model.towers.items()}
+        return {
+            name
+            for name, prefix in prefixes.items()
+            if f"{prefix}blocks.0.hook_resid_pre" in self.clean.values
+        }
+
+    @cached_property
+    def places(self) -> Places:
+        """Where the spans of the graph lie."""
+        layout = self.clean_part.batch.layout
+        towers = [t for t in dict.fromkeys(g.tower for g in self.wiring.readers) if t in self._ran]
+        return places_of(layout, towers, self.wiring.graph.spans)
+
+    def spans(self) -> dict[str, Int[Tensor, "row pos"]]:
+        """By tower, the number of the span of every place; -1 for padding."""
+        found = {}
+        for tower, examples in self.places.items():
+            prefix = self.model.towers[tower].prefix
+            shape = self.clean.values[f"{prefix}blocks.0.hook_resid_pre"].shape[:2]
+            found[tower] = torch.full(shape, -1)
+            for parts in examples:
+                for number, at in enumerate(parts):
+                    found[tower][at[:, 0], at[:, 1]] = number
+        return found
+
+    def splice(self) -> Splice:
+        """What runs circuits on the batch."""
+        return Splice(
+            self.model,
+            self.wiring,
+            self.clean_part,
+            self.answers,
+            self.writers,
+            self.clean.values,
+            self.reference,
+            self.spans(),
+        )
+
+
+def contrasts(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    wiring: Wiring,
+    metric: Metric,
+    target: Target = "corrupt",
+    batch_size: int = 16,
+) -> Iterator[list[Contrast]]:
+    """Batch by batch, both runs for every reading of the metric, which is the sum over them.
+
+    Raises:
+        ValueError: an unknown target.
+        SpanError: a span of the graph that the pairs do not have.
+    """
+    check_target(target)
+    means = mean_values(model, pairs, wiring, metric, batch_size) if target == "mean" else None
+    for batch in pairs.batches(batch_size):
+        yield _batch(model, batch, wiring, metric, target, means)
+
+
+def check_target(target: str) -> None:
+    """Refuse an unknown target.
+
+    Raises:
+        ValueError: with those that there are.
+    """
+    if target not in get_args(Target):
+        raise ValueError(f"unknown target {target!r}; use {', '.join(get_args(Target))}")
+
+
+def _batch(
+    model: HookedMultimodal,
+    batch: PairBatch,
+    wiring: Wiring,
+    metric: Metric,
+    target: Target,
+    means: Means | None,
+) -> list[Contrast]:
+    answers = prepared(model, batch.clean, batch.answers, metric)
+    parts = [readings(prompt, answers, metric) for prompt in (batch.clean, batch.corrupt)]
+    found = []
+    for clean_part, corrupt_part in zip(*parts, strict=True):
+        both = (clean_part, corrupt_part, answers)
+        clean = values(model, clean_part, answers, names_of(model, wiring))
+        reference, result = clean.values, None
+        if target == "corrupt":
+            run = values(model, corrupt_part, answers, hooks_of(model, wiring)[0])
+            reference, result = run.values, run.metric
+        contrast = Contrast(model, wiring, *both, clean, reference, result, batch.indices)
+        if target != "corrupt":
+            instead = _instead(contrast, means)
+            contrast = Contrast(model, wiring, *both, clean, instead, None, batch.indices)
+        found.append(contrast)
+    return found
+
+
+def names_of(model: HookedMultimodal, wiring: Wiring) -> list[str]:
+    """Hooks of writers, and of the streams that readers read."""
+    streams = [stream_at(model, group) for group in wiring.readers]
+    names = [*hooks_of(model, wiring)[0], *(name for name in streams if name is not None)]
+    return [name for name in dict.fromkeys(names) if name in model.hook_dict]
+
+
+def _instead(contrast: Contrast, means: Means | None) -> Values:
+    """Zeros, or the means at the places of every span, in the shapes of the clean run."""
+    new = {name: torch.zeros_like(value) for name, value in contrast.clean.values.items()}
+    if means is None:
+        return new
+    for tower, hooks in means.items():
+        for name, by_span in hooks.items():
+            for parts in contrast.places.get(tower, []):
+                for number, at in enumerate(parts):
+                    new[name][at[:, 0], at[:, 1]] = by_span[number].to(new[name])
+    return new
+
+
+def mean_values(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    wiring: Wiring,
+    metric: Metric,
+    batch_size: int,
+) -> Means:
+    """The mean of what every hook of a writer gives, over all positions of a span in the clean runs
+    of all pairs."""
+    sums: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
+    counts: dict[str, list[int]] = {}
+    for batch in pairs.batches(batch_size):
+        for contrast in _batch(model, batch, wiring, metric, "zero", None)[:1]:
+            hooks = [(w.group.tower, name) for w in contrast.writers for name in w.hooks]
+            for tower, name in dict.fromkeys(hooks):
+                _gather(sums[tower], name, contrast, tower)
+            _count(counts, contrast.places)
+    return {
+        tower: {
+            name: [total / max(1, n) for total, n in zip(by_span, counts[tower], strict=True)]
+            for name, by_span in hooks.items()
+        }
+        for tower, hooks in sums.items()
+    }
+
+
+def _gather(sums: dict[str, list[Tensor]], name: str, contrast: Contrast, tower: str) -> None:
+    value = contrast.clean.values[name].double()
+    examples = contrast.places[tower]
+    spans = len(examples[0])
+    old = sums.get(name, [torch.zeros(value.shape[2:], dtype=torch.float64)] * spans)
+    sums[name] = [
+        old[s].to(value)
+        + sum(
+            (value[e[s][:, 0], e[s][:, 1]].sum(0) for e in examples), torch.zeros_like(value[0, 0])
+        )
+        for s in range(spans)
+    ]
+
+
+def _count(counts: dict[str, list[int]], places: Places) -> None:
+    for tower, examples in places.items():
+        own = [sum(len(parts[s]) for parts in examples) for s in range(len(examples[0]))]
+        counts[tower] = [a + b for a, b in zip(counts.get(tower, [0] * len(own)), own, strict=True)]
+
+
+def summed(parts: Sequence[Tensor]) -> Tensor:
+    """The sum over the readings of a metric."""
+    return torch.stack(list(parts)).sum(0)

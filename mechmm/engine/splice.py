@@ -1,0 +1,233 @@
+"""Exact edge ablation: one run in which every reader reads its own sum of writers.
+
+With x_ref what a reader reads in the reference run (the corrupt prompt, means, or zeros),
+
+    x_v = x_ref + sum over writers u with a kept edge u -> v of (u - u_ref),
+
+where u is what the writer writes in this very run, whose own readers read their own sums. The clean
+prompt runs; with every edge kept that is the clean run, with none the reference.
+
+Every reader is set at its hook point: queries, keys and values of single heads where projections
+give them, MLPs, projectors and the logits where the stream enters them. What the blocks themselves
+add up is read by nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import linear as linear_fn
+
+from mechmm.data.metrics import Answers
+from mechmm.data.metrics import Reading as Part
+from mechmm.engine.flow import Edit, slopes_at, stem
+from mechmm.engine.readers import Reader
+from mechmm.engine.wiring import Group, Wiring
+from mechmm.engine.writers import At, Values, Writer
+from mechmm.model.hooked import HookedMultimodal
+
+Masks = Sequence[Tensor]
+"""By block: how much of every edge is kept [span, writer, reader], 0 or 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class Splice:
+    """Runs circuits on one batch.
+
+    Attributes:
+        part, answers: what runs, and how it is measured.
+        writers: of all streams.
+        clean: values of the writers' hooks and of the streams in the clean run.
+        reference: values of the writers' hooks in the reference run.
+        spans: by tower, the number of the span of every place [row, pos].
+    """
+
+    model: HookedMultimodal
+    wiring: Wiring
+    part: Part
+    answers: Answers
+    writers: Sequence[Writer]
+    clean: Values
+    reference: Values
+    spans: dict[str, Int[Tensor, "row pos"]]
+
+    @torch.no_grad()
+    def run(self, masks: Masks) -> Float[Tensor, " example"]:
+        """The metric of every example with some edges kept."""
+        run = _Run(self, masks)
+        with self.model.hooks(fwd_hooks=run.edits()):  # type: ignore[arg-type]
+            return self.part.reduce(self.part.logits(self.model), self.answers)
+
+    @cached_property
+    def streams(self) -> list[Tensor | None]:
+        """What the readers of every block read in the reference run [row, pos, d_model]."""
+        return [self._stream(number) for number in range(len(self.wiring.readers))]
+
+    def _stream(self, number: int) -> Tensor | None:
+        name = stream_at(self.model, self.wiring.readers[number])
+        if name is None or name not in self.clean:  # a tower that did not run
+            return None
+        x = self.clean[name].float().clone()
+        groups, at = self.wiring.before(number), grid(x)
+        for writer in self.writers:
+            if writer.group in groups:
+                x -= writer.change(self.clean, self.reference, at).sum(0).view(x.shape)
+        return x
+
+
+def grid(value: Tensor) -> At:
+    """Rows and positions of all places of a stream, one after the other."""
+    rows, positions = value.shape[:2]
+    every = torch.arange(rows * positions, device=value.device)
+    return every // positions, every % positions
+
+
+def stream_at(model: HookedMultimodal, group: Group) -> str | None:
+    """The hook that shows what a group of readers reads."""
+    block = stem(model, group)
+    if group.kind == "states":
+        return None
+    if group.kind == "mlp" and len(slopes_at(model, group)) == 1:
+        return f"{block}.hook_mlp_in"
+    if group.kind == "mlp" and model.towers[group.tower].row.mid is not None:
+        return f"{block}.hook_resid_mid"
+    if group.kind in ("logits", "hidden"):
+        return slopes_at(model, group)[0]
+    return f"{block}.hook_resid_pre"
+
+
+class _Run:
+    """A run in progress, with the changes that were written so far."""
+
+    def __init__(self, splice: Splice, masks: Masks) -> None:
+        self.splice, self.masks = splice, masks
+        self.now: dict[str, Tensor] = {}
+        self.changes: dict[str, Tensor] = {}
+        self.slots = self._slots()
+        self.read: tuple[int, list[Tensor]] = (-1, [])
+
+    def _slots(self) -> dict[str, Tensor]:
+        """By tower: where the changes of every writer are kept, -1 if it has no kept edge."""
+        writers = self.splice.wiring.graph.writers
+        towers = writers["tower"].tolist()
+        used = torch.zeros(len(writers), dtype=torch.bool)
+        for block, mask in zip(self.splice.wiring.graph.blocks, self.masks, strict=True):
+            used[slice(*block.writers)] |= mask.bool().any(0).any(1).cpu()
+        slots = {}
+        for tower in dict.fromkeys(towers):
+            own = used & torch.tensor([name == tower for name in towers])
+            slots[tower] = torch.where(own, own.cumsum(0) - 1, -1)
+        return slots
+
+    # What is written ---------------------------------------------------------------------------
+
+    def edits(self) -> list[Edit]:
+        """What happens at which hook."""
+        edits: list[Edit] = []
+        for writer in self.splice.writers:
+            edits += [(hook, self._note) for hook in writer.hooks[1:]]
+            edits += [(writer.hooks[0], partial(self._written, writer))] if writer.hooks else []
+        for number, group in enumerate(self.splice.wiring.readers):
+            edits += self._reader(number, group)
+        return edits
+
+    def _note(self, value: Tensor, hook: Any) -> None:
+        self.now[hook.name] = value
+
+    def _written(self, writer: Writer, value: Tensor, hook: Any) -> None:
+        """Keep what the writers of a group changed."""
+        tower = writer.group.tower
+        slots = self.slots[tower][slice(*writer.group.nodes)]
+        if (slots < 0).all():
+            return
+        self.now[hook.name] = value
+        change = writer.change(self.now, self.splice.reference, grid(value))
+        if tower not in self.changes:
+            count = int(self.slots[tower].max()) + 1
+            self.changes[tower] = change.new_zeros(count, *change.shape[1:])
+        kept = (slots >= 0).to(change.device)
+        self.changes[tower][slots[slots >= 0].to(change.device)] = change[kept]
+
+    # What is read ------------------------------------------------------------------------------
+
+    def _reader(self, number: int, group: Group) -> list[Edit]:
+        """The edits that set what a group of readers reads."""
+        if group.kind == "states":
+            return [
+                (hook, partial(self._set_states, number, half))
+                for half, hook in enumerate(slopes_at(self.splice.model, group))
+            ]
+        if group.kind in ("heads", "queries"):
+            reader = Reader(self.splice.model, group)
+            return [
+                (hook, partial(self._set_heads, number, reader, half))
+                for half, (hook, _) in enumerate(reader.projections())
+            ]
+        hooks = slopes_at(self.splice.model, group)
+        if group.kind == "mlp" and len(hooks) == 2:
+            names = ("mlp_gate", "mlp_in")
+            return [
+                (hook, partial(self._set_hidden, number, group, name))
+                for hook, name in zip(hooks, names, strict=True)
+            ]
+        return [(hooks[0], partial(self._set_stream, number))]
+
+    def _set_stream(self, number: int, value: Tensor, hook: Any) -> Tensor:
+        return self._sums(number, torch.tensor([0]))[0].view(value.shape).to(value)
+
+    def _set_hidden(self, number: int, group: Group, name: str, value: Tensor, hook: Any) -> Tensor:
+        """What a linear layer of an MLP gives that has no norm of its own."""
+        tower = self.splice.model.towers[group.tower]
+        x = self._sums(number, torch.tensor([0]))[0].to(value)
+        norm = tower.module(tower.row.ln1, group.layer) if tower.row.mid is None else None
+        linear = tower.linear(group.layer, name)
+        assert linear is not None
+        normed = x if norm is None else norm(x)
+        return linear_fn(normed, linear.weight, linear.bias).view(value.shape)
+
+    def _set_states(self, number: int, half: int, value: Tensor, hook: Any) -> Tensor:
+        """Keys or values that are made of pictures alone."""
+        reference = self.splice.reference[hook.name].to(value)
+        kept = self.masks[number][0, 0].unflatten(0, (2, -1))[half].to(value)
+        return reference + (value - reference) * kept[:, None]
+
+    def _set_heads(
+        self, number: int, reader: Reader, half: int, value: Tensor, hook: Any
+    ) -> Tensor:
+        """Queries, keys or values, those of every head from its own sum."""
+        slot = reader.slots()[half]
+        mask = self.masks[number][..., slot]
+        heads = mask.bool().any(0).any(0).nonzero().flatten().cpu()
+        stream = self.splice.streams[number]
+        assert stream is not None
+        new = reader.project(half, stream.to(value)).view(value.shape)
+        if len(heads):
+            sums = self._sums(number, heads + slot.start)
+            new[:, :, heads] = reader.project_each(half, sums.to(value), heads).view(
+                *value.shape[:2], len(heads), value.shape[3]
+            )
+        return new
+
+    def _sums(self, number: int, readers: Tensor) -> Float[Tensor, "reader place d_model"]:
+        """What some readers of a block read."""
+        block, stream = self.splice.wiring.graph.blocks[number], self.splice.streams[number]
+        assert stream is not None
+        x = stream.flatten(0, 1).expand(len(readers), -1, -1).clone()
+        slots = self.slots[block.tower][slice(*block.writers)]
+        mask = self.masks[number][..., readers][:, slots >= 0].to(x)
+        if not mask.any():
+            return x
+        own = slots[slots >= 0].to(x.device)
+        changes = self.changes[block.tower][own]
+        spans = self.splice.spans[block.tower].flatten().to(x.device)
+        for number_of_span, part in zip(block.spans, mask, strict=True):
+            at = (spans == number_of_span).nonzero().flatten()
+            if len(at) and part.any():
+                x[:, at] += torch.einsum("ur,upd->rpd", part, changes[:, at])
+        return x

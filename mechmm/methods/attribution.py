@@ -1,0 +1,282 @@
+"""Edge attribution: what every edge of the circuit graph is worth, from a few gradients.
+
+With u what a writer writes, v what a reader reads and m the metric (larger = more the clean
+answer), the first-order effect of setting u to its clean value for v alone is
+
+    score(u -> v) = sum over positions, d_model of (u_clean - u_ref) . dm/dv
+
+- `"eap"`: the gradient at the reference run, the corrupt prompt's (with the targets `mean` and
+  `zero`, which no prompt gives: at the clean run). Syed et al. 2310.10348.
+- `"eap-ig-inputs"`: its mean over `steps` runs whose inputs, token embeddings and patch
+  embeddings, are ref + k / steps (clean - ref), k = 1..steps. Hanna et al. 2403.17806.
+- `"eap-ig-activations"`: for the edges out of one layer's components, its mean over `steps` runs in
+  which what these write is ref + k / steps (clean - ref). Same paper.
+- `"clean-corrupt"`: the mean of the gradients at both runs.
+- `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
+- `"random"`: standard normal numbers, the null.
+
+A positive score supports the clean answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechmm.data.metrics import Metric, logit_diff
+from mechmm.data.pairs import PairDataset
+from mechmm.engine.contrast import Contrast, Target, contrasts
+from mechmm.engine.edges import edge_scores
+from mechmm.engine.estimate import check_gradient
+from mechmm.engine.flow import Edit, hooks_of, slopes, slopes_at
+from mechmm.engine.readers import Reader
+from mechmm.engine.wiring import Group, wired
+from mechmm.engine.writers import Writer
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.results.circuit import Circuit, chosen_edges
+from mechmm.results.graph import Graph
+from mechmm.results.result import Result
+
+Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random"]
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution(Result):
+    """The score of every edge for every pair.
+
+    Attributes:
+        graph: what the edges are.
+        scores: [example, edge]; positive = supports the clean answer, in units of the metric.
+        clean, reference: the metric of both runs [example]; NaN where the reference is no run.
+        method, metric, target: names. steps: of integrated gradients.
+    """
+
+    graph: Graph
+    scores: Float[Tensor, "example edge"] = field(metadata={"axis": 0})
+    clean: Float[Tensor, " example"] = field(metadata={"axis": 0})
+    reference: Float[Tensor, " example"] = field(metadata={"axis": 0})
+    method: str
+    metric: str
+    target: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.graph, Graph):
+            object.__setattr__(self, "graph", Graph.of(self.graph))
+
+    def _values(self) -> dict[str, Any]:
+        return {**super()._values(), "graph": self.graph.plain()}
+
+    def mean(self) -> Float[np.ndarray, " edge"]:
+        """The mean score of every edge."""
+        return self.scores.mean(0).numpy()
+
+    def circuit(
+        self,
+        n: int | None = None,
+        fraction: float | None = None,
+        threshold: float | None = None,
+        *,
+        signed: bool = False,
+        greedy: bool = False,
+        prune: bool = True,
+    ) -> Circuit:
+        """The edges with the largest mean scores.
+
+        Args:
+            n, fraction, threshold: how many edges, which share of them, or those with at least
+                this score; exactly one of the three.
+            signed: by the score itself; else by its absolute value.
+            greedy: from the logits backwards, each time the best edge into what is there already.
+            prune: leave out edges on no way from an input to the logits. They have no effect.
+
+        Raises:
+            ValueError: not exactly one size; more edges than there are; a share outside (0, 1].
+        """
+        keep = chosen_edges(self.graph, self.mean(), n, fraction, threshold, signed, greedy)
+        kept = self.graph.pruned(keep) if prune else keep
+        return Circuit(self.graph, kept, self.mean())
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per edge: writer, reader, their towers, span, mean score and its deviation over
+        examples, strongest first."""
+        graph, mean = self.graph, self.mean()
+        order = np.argsort(-np.abs(mean), kind="stable")
+        src, dst = graph.src[order], graph.dst[order]
+        spread = self.scores.std(0, correction=0).numpy()
+        return pd.DataFrame(
+            {
+                "edge": graph.names(order),
+                "writer": graph.writers["name"].to_numpy()[src],
+                "reader": graph.readers["name"].to_numpy()[dst],
+                "tower": graph.writers["tower"].to_numpy()[src],
+                "span": np.array(graph.spans)[graph.span[order]],
+                "score": mean[order],
+                "std": spread[order],
+            }
+        )
+
+
+def attribute(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    *,
+    spans: Sequence[str] = (),
+    method: Method = "eap-ig-inputs",
+    metric: Metric = logit_diff,
+    steps: int = 5,
+    target: Target = "corrupt",
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Attribution:
+    """Score every edge of a model's circuit graph, vision tower to logits.
+
+    Args:
+        spans: names that tell positions apart (each edge then once per span).
+        method: see above.
+        metric: with a gradient.
+        steps: runs of integrated gradients.
+        target: what takes the place of what is cut off: the corrupt run, `mean` (over all clean
+            runs) or `zero`.
+        batch_size: pairs that run together.
+        seed: of `"random"`.
+
+    Raises:
+        ValueError: an unknown method or target; no steps; a metric without a gradient.
+        StreamError: a model whose residual stream is no sum of what its components write.
+        SpanError: a span that the pairs do not have.
+    """
+    _check(method, steps)
+    if method not in ("exact", "random"):
+        check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
+    wiring = wired(model, spans)
+    random = np.random.default_rng(seed)
+    rows: list[Tensor] = []
+    ends: list[tuple[Tensor, Tensor]] = []
+    for parts in contrasts(model, pairs, wiring, metric, target, batch_size):
+        if method == "random":
+            shape = (len(parts[0].indices), len(wiring.graph))
+            rows.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
+        else:
+            rows.append(torch.stack([_scores(part, method, steps) for part in parts]).sum(0))
+        ends.append(_ends(parts))
+    clean, reference = (torch.cat(column) for column in zip(*ends, strict=True))
+    name = getattr(metric, "__name__", repr(metric))
+    made = steps if "ig" in method else 1
+    return Attribution(wiring.graph, torch.cat(rows), clean, reference, method, name, target, made)
+
+
+def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
+    """The circuit graph of a model.
+
+    Args:
+        spans: names that tell positions apart; each position belongs to the first that covers it,
+            and to `rest` where none does.
+
+    Raises:
+        StreamError: a model whose residual stream is no sum of what its components write.
+    """
+    return wired(model, spans).graph
+
+
+def _check(method: str, steps: int) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"unknown method {method!r}; use {', '.join(get_args(Method))}")
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; integrated gradients need at least one")
+
+
+def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:
+    clean = sum((part.clean.metric for part in parts), torch.zeros(()))
+    nothing = torch.full_like(parts[0].clean.metric, torch.nan)
+    reference = sum((nothing if p.metric is None else p.metric for p in parts), torch.zeros(()))
+    return clean.float().cpu(), reference.float().cpu()
+
+
+def _scores(contrast: Contrast, method: Method, steps: int) -> Float[Tensor, "example edge"]:
+    if method == "exact":
+        return _exact(contrast)
+    if method == "eap-ig-activations":
+        return _by_layer(contrast, steps)
+    ways = {
+        "eap": [0.0 if contrast.metric is not None else 1.0],
+        "clean-corrupt": [0.0, 1.0],
+        "eap-ig-inputs": [k / steps for k in range(1, steps + 1)],
+    }
+    readers = [Reader(contrast.model, group) for group in contrast.wiring.readers]
+    inputs = [g for g in contrast.wiring.writers if g.kind == "input"]
+    for way in ways[method]:
+        _add(contrast, readers, _towards(contrast, inputs, way))
+    return _products(contrast, readers)
+
+
+def _add(contrast: Contrast, readers: Sequence[Reader], edits: Sequence[Edit]) -> None:
+    """One more run with gradients."""
+    _, at, normed = hooks_of(contrast.model, contrast.wiring)
+    part = contrast.clean_part if contrast.metric is None else contrast.corrupt_part
+    flow = slopes(contrast.model, part, contrast.answers, at, normed, edits)
+    for reader in readers:
+        if reader.ran(flow):
+            reader.add(flow)
+
+
+def _products(
+    contrast: Contrast, readers: Sequence[Reader], group: Group | None = None
+) -> Float[Tensor, "example edge"]:
+    """Scores of all edges, or of those out of one group of writers."""
+    both = (contrast.clean.values, contrast.reference)
+    writers = [w for w in contrast.writers if group in (None, w.group)]
+    return edge_scores(contrast.wiring, writers, readers, *both, contrast.places)
+
+
+def _by_layer(contrast: Contrast, steps: int) -> Float[Tensor, "example edge"]:
+    """For every group of writers, slopes of runs in which what it writes is on the way."""
+    total = torch.zeros(len(contrast.indices), len(contrast.wiring.graph))
+    for group in contrast.wiring.writers:
+        readers = [Reader(contrast.model, own) for own in contrast.wiring.readers]
+        for k in range(1, steps + 1):
+            _add(contrast, readers, _towards(contrast, [group], k / steps))
+        total += _products(contrast, readers, group)
+    return total
+
+
+def _towards(contrast: Contrast, groups: Sequence[Group], way: float) -> list[Edit]:
+    """Edits that set what some writers write a part of the way from the reference to clean."""
+    if way == 0 and contrast.metric is not None:
+        return []
+    writers = [writer for writer in contrast.writers if writer.group in groups]
+    hooks = [(writer.hooks[0], writer) for writer in writers]
+    states = [g for g in contrast.wiring.readers if g.kind == "states"]
+    if any(g.kind == "projector" for g in groups) and states:
+        hooks += [(name, None) for g in states for name in slopes_at(contrast.model, g)]
+    return [(name, partial(_moved, contrast, writer, way)) for name, writer in hooks]
+
+
+def _moved(
+    contrast: Contrast, writer: Writer | None, way: float, value: Tensor, hook: Any
+) -> Tensor:
+    reference, clean = contrast.reference[hook.name], contrast.clean.values[hook.name]
+    new = reference + way * (clean - reference)
+    return new if writer is None else torch.where(writer.own(value), new, value)
+
+
+def _exact(contrast: Contrast) -> Float[Tensor, "example edge"]:
+    """What the clean run loses with each edge at its reference value."""
+    splice, graph = contrast.splice(), contrast.wiring.graph
+    masks = [torch.ones(block.shape) for block in graph.blocks]
+    whole, columns = splice.run(masks), []
+    for mask in masks:
+        flat = mask.view(-1)
+        for edge in range(len(flat)):
+            flat[edge] = 0
+            columns.append((whole - splice.run(masks)).float().cpu())
+            flat[edge] = 1
+    return torch.stack(columns, dim=1)

@@ -1,0 +1,208 @@
+"""Is a circuit the whole story? Exact ablation of edges, and curves over circuits of all sizes.
+
+With every edge outside the circuit C at its reference value (the corrupt run, the mean, zero), N
+the whole model and 0 no edge at all,
+
+    f(C) = (m(C) - m(0)) / (m(N) - m(0))
+
+is its faithfulness. CPR is the area under f over the share of edges kept, CMD the area under
+|1 - f|: a high CPR means that circuits hold what drives the answer, a low CMD that they behave as
+the whole model does. Both beside random circuits of the same sizes. MIB, 2504.13151.
+
+- Completeness: how far the answer falls when the circuit's edges, and only they, are cut.
+- Minimality: what the circuit loses without each of its edges.
+Wang et al. 2211.00593.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechmm.data.metrics import Metric, logit_diff
+from mechmm.data.pairs import PairDataset
+from mechmm.engine.contrast import Target, contrasts
+from mechmm.engine.wiring import wired
+from mechmm.methods.attribution import Attribution
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.results.circuit import Circuit
+from mechmm.results.graph import Graph
+from mechmm.results.result import Result
+from mechmm.results.statistics import bootstrap_interval
+
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""MIB's shares of edges."""
+
+
+@dataclass(frozen=True, eq=False)
+class Faithfulness(Result):
+    """The metric of every example with some circuits alone.
+
+    Attributes:
+        circuits: a table with one row per circuit: name, edges, share of all edges, and whether it
+            is a random one (`null`).
+        values: [circuit, example]. full, empty: with all edges and with none [example].
+        metric, target: names.
+    """
+
+    circuits: pd.DataFrame
+    values: Float[Tensor, "circuit example"] = field(metadata={"axis": 1})
+    full: Float[Tensor, " example"] = field(metadata={"axis": 0})
+    empty: Float[Tensor, " example"] = field(metadata={"axis": 0})
+    metric: str
+    target: str
+
+    def faithfulness(self) -> Float[Tensor, " circuit"]:
+        """f of every circuit: a ratio of means, so that pairs of small effect cannot dominate."""
+        return (self.values - self.empty).mean(1) / (self.full - self.empty).mean()
+
+    def interval(self) -> tuple[np.ndarray, np.ndarray]:
+        """95 % bootstrap interval over examples of every circuit's f: (low, high)."""
+        ends = torch.stack(bootstrap_interval(self.values - self.empty))
+        ends = ends / (self.full - self.empty).mean()
+        return ends.amin(0).numpy(), ends.amax(0).numpy()
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per circuit: its size, mean metric, f and its interval."""
+        table = self.circuits.copy()
+        table["value"] = self.values.mean(1).numpy()
+        table["faithfulness"] = self.faithfulness().numpy()
+        table["low"], table["high"] = self.interval()
+        return table
+
+    def curve(self, null: bool = False) -> pd.DataFrame:
+        """f by share of edges, of the circuits or the mean of the random ones."""
+        table = self.to_dataframe()
+        table = table[table["null"] == null]
+        return table.groupby("fraction", as_index=False)["faithfulness"].mean()
+
+    def cpr(self, null: bool = False) -> float:
+        """Area under f over the share of edges."""
+        table = self.curve(null)
+        return _area(table["fraction"], table["faithfulness"])
+
+    def cmd(self, null: bool = False) -> float:
+        """Area under |1 - f| over the share of edges."""
+        table = self.curve(null)
+        return _area(table["fraction"], (1 - table["faithfulness"]).abs())
+
+
+def _area(x: pd.Series, y: pd.Series) -> float:
+    """By trapezoids, from the smallest share to the largest."""
+    return float(np.trapezoid(y.to_numpy(), x.to_numpy()))
+
+
+def faithfulness(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    circuit: Circuit | Sequence[Circuit],
+    *,
+    metric: Metric = logit_diff,
+    target: Target = "corrupt",
+    n_random: int = 10,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Faithfulness:
+    """Run circuits alone: every edge outside them is at its reference value.
+
+    Args:
+        circuit: one or several, of one graph.
+        target: what takes the place of what is cut off: the corrupt run, `mean` or `zero`.
+        n_random: random circuits of the size of each, as the null.
+        batch_size: pairs that run together. seed: of the random circuits.
+
+    Raises:
+        ValueError: a graph of another model; an empty circuit; an unknown target.
+        SpanError: a span of the graph that the pairs do not have.
+    """
+    circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
+    for one in circuits:
+        _check(model, one)
+    nulls = [(i, one.random(seed + k)) for i, one in enumerate(circuits) for k in range(n_random)]
+    table = pd.DataFrame(
+        [(f"circuit {i}", len(c), len(c) / len(c.graph), False) for i, c in enumerate(circuits)]
+        + [(f"random {i}", len(c), len(c) / len(c.graph), True) for i, c in nulls],
+        columns=["name", "edges", "fraction", "null"],
+    )
+    every = [c.keep for c in circuits] + [c.keep for _, c in nulls]
+    found = run_circuits(model, pairs, circuits[0].graph, every, metric, target, batch_size)
+    name = getattr(metric, "__name__", repr(metric))
+    return Faithfulness(table, *found, name, target)
+
+
+def faithfulness_curve(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    scores: Attribution,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    signed: bool = False,
+    greedy: bool = False,
+    metric: Metric = logit_diff,
+    target: Target = "corrupt",
+    n_random: int = 3,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Faithfulness:
+    """f of the circuits that some scores give, from the smallest to the whole model.
+
+    Args:
+        fractions: of all edges that are kept.
+        signed, greedy: how edges are chosen (`Attribution.circuit`).
+        Other arguments: as `faithfulness`.
+
+    Raises:
+        ValueError: as `faithfulness`; a fraction outside (0, 1].
+    """
+    options = {"signed": signed, "greedy": greedy, "prune": False}
+    circuits = [scores.circuit(fraction=fraction, **options) for fraction in fractions]
+    rest: dict[str, Any] = {"n_random": n_random, "batch_size": batch_size, "seed": seed}
+    return faithfulness(model, pairs, circuits, metric=metric, target=target, **rest)
+
+
+def run_circuits(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    graph: Graph,
+    keeps: Sequence[np.ndarray],
+    metric: Metric,
+    target: Target,
+    batch_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The metric with some edges kept [circuit, example], with all and with none [example]."""
+    wiring = wired(model, [span for span in graph.spans[:-1]])
+    columns = []
+    every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
+    for parts in contrasts(model, pairs, wiring, metric, target, batch_size):
+        splices = [part.splice() for part in parts]
+        found = [sum(splice.run(masks) for splice in splices) for masks in _masks(graph, every)]
+        columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]
+    values = torch.cat(columns, dim=1)
+    return values[:-2], values[-2], values[-1]
+
+
+def _masks(graph: Graph, keeps: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
+    for keep in keeps:
+        yield [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
+
+
+def _check(model: HookedMultimodal, circuit: Circuit) -> None:
+    graph = circuit.graph
+    own = wired(model, [span for span in graph.spans[:-1]]).graph
+    if not graph.matches(own):
+        raise ValueError(
+            f"the circuit is of {graph}, the model has {own}; find circuits on the model that they "
+            "are tested on"
+        )
+    if not circuit.keep.any():
+        raise ValueError(
+            "the circuit is empty, or no edge of it lies on a way from an input to the logits; "
+            "keep more edges (n=, fraction=)"
+        )

@@ -1,0 +1,246 @@
+"""A circuit: some edges of a graph, chosen by their scores; set operations and exports."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from mechmm.results.graph import Graph
+from mechmm.results.result import Result
+
+
+@dataclass(frozen=True, eq=False)
+class Circuit(Result):
+    """Some edges of a graph.
+
+    Attributes:
+        graph: of the whole model.
+        keep: which edges [edge].
+        scores: of all edges, NaN where they were not chosen by any [edge].
+    """
+
+    graph: Graph
+    keep: Bool[np.ndarray, " edge"]
+    scores: Float[np.ndarray, " edge"]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.graph, Graph):
+            object.__setattr__(self, "graph", Graph.of(self.graph))
+        if self.keep.shape != (len(self.graph),):
+            raise ValueError(
+                f"a circuit of {self.graph} needs one true or false per edge, not an array of "
+                f"shape {list(self.keep.shape)}"
+            )
+
+    def _values(self) -> dict[str, Any]:
+        return {**super()._values(), "graph": self.graph.plain()}
+
+    @classmethod
+    def named(cls, graph: Graph, edges: list[str] | tuple[str, ...]) -> Circuit:
+        """The circuit of edges by name (`a0.h1->m2`).
+
+        Raises:
+            EdgeError: for a name that no edge has.
+        """
+        keep = np.zeros(len(graph), dtype=bool)
+        keep[graph.edges(edges)] = True
+        return cls(graph, keep, np.full(len(graph), np.nan, dtype=np.float32))
+
+    def __len__(self) -> int:
+        """Its edges."""
+        return int(self.keep.sum())
+
+    def __repr__(self) -> str:
+        share = len(self) / max(1, len(self.graph))
+        return f"Circuit({len(self)} of {len(self.graph)} edges, {share:.2%})"
+
+    @property
+    def edges(self) -> list[str]:
+        """Names of its edges."""
+        return self.graph.names(np.flatnonzero(self.keep))
+
+    @property
+    def nodes(self) -> list[str]:
+        """Names of the writers and readers that its edges join, each node once."""
+        graph, at = self.graph, np.flatnonzero(self.keep)
+        writers = graph.writers["name"].iloc[np.unique(graph.src[at])]
+        readers = graph.readers["name"].iloc[np.unique(graph.dst[at])].str.split("<").str[0]
+        return list(dict.fromkeys([*writers, *readers]))
+
+    # Sets ------------------------------------------------------------------------------------
+
+    def __or__(self, other: Circuit) -> Circuit:
+        return self._with(self.keep | self._of(other).keep)
+
+    def __and__(self, other: Circuit) -> Circuit:
+        return self._with(self.keep & self._of(other).keep)
+
+    def __sub__(self, other: Circuit) -> Circuit:
+        return self._with(self.keep & ~self._of(other).keep)
+
+    def __invert__(self) -> Circuit:
+        return self._with(~self.keep)
+
+    def pruned(self) -> Circuit:
+        """Without edges on no way from an input to the logits."""
+        return self._with(self.graph.pruned(self.keep))
+
+    def random(self, seed: int = 0) -> Circuit:
+        """As many edges, chosen at random, the same number in every span."""
+        rng, keep = np.random.default_rng(seed), np.zeros_like(self.keep)
+        for span in range(len(self.graph.spans)):
+            there = np.flatnonzero(self.graph.span == span)
+            keep[rng.choice(there, int(self.keep[there].sum()), replace=False)] = True
+        return self._with(keep)
+
+    def overlap(self, other: Circuit, n_random: int = 100, seed: int = 0) -> pd.DataFrame:
+        """Intersection over union with another circuit, in all and per span, beside that of random
+        circuits of the same sizes.
+
+        Returns:
+            One row per span (`all` first): edges of both, iou, and the mean and 95 % quantile of
+            the random ones.
+        """
+        self._of(other)
+        rng, rows = np.random.default_rng(seed), []
+        spans = range(len(self.graph.spans)) if self.graph.spans != ("",) else ()
+        for name, there in [
+            ("all", np.ones_like(self.keep)),
+            *((self.graph.spans[i], self.graph.span == i) for i in spans),
+        ]:
+            a, b, total = self.keep & there, other.keep & there, int(there.sum())
+            null = _random_overlap(rng, int(a.sum()), int(b.sum()), total, n_random)
+            iou = float((a & b).sum() / max(1, (a | b).sum()))
+            row = (name, int(a.sum()), int(b.sum()), iou)
+            rows.append((*row, float(null.mean()), float(np.quantile(null, 0.95))))
+        columns = ["span", "edges", "other_edges", "iou", "random_mean", "random_high"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _of(self, other: Circuit) -> Circuit:
+        if not self.graph.matches(other.graph):
+            raise ValueError(
+                f"the circuits are of different graphs: {self.graph} and {other.graph}; compare "
+                "circuits of one model, with the same spans"
+            )
+        return other
+
+    def _with(self, keep: np.ndarray) -> Circuit:
+        return Circuit(self.graph, keep, self.scores)
+
+    # Exports ---------------------------------------------------------------------------------
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per edge: name, writer, reader, span, score."""
+        graph, at = self.graph, np.flatnonzero(self.keep)
+        return pd.DataFrame(
+            {
+                "edge": graph.names(at),
+                "writer": graph.writers["name"].to_numpy()[graph.src[at]],
+                "reader": graph.readers["name"].to_numpy()[graph.dst[at]],
+                "span": np.array(graph.spans)[graph.span[at]],
+                "score": self.scores[at],
+            }
+        )
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """A networkx graph: a node per writer or component, an edge per kept edge, with the
+        attributes reader, span and score; nodes have tower, kind and layer."""
+        found = nx.MultiDiGraph(model=self.graph.model)
+        for table in (self.graph.writers, self.graph.readers):
+            for row in table.itertuples():
+                name = str(row.name).split("<")[0]
+                if name not in found:
+                    kind = "head" if row.kind in ("q", "k", "v") else str(row.kind)
+                    found.add_node(name, tower=str(row.tower), kind=kind, layer=int(row.layer))
+        for row in self.to_dataframe().itertuples():
+            ends = (str(row.writer), str(row.reader).split("<")[0])
+            found.add_edge(
+                *ends, reader=str(row.reader), span=str(row.span), score=float(row.score)
+            )
+        used = set(self.nodes)
+        found.remove_nodes_from([node for node in list(found) if node not in used])
+        return found
+
+    def to_graphml(self, file: str | Path) -> Path:
+        """Write it as GraphML, which Gephi, Cytoscape and yEd open."""
+        nx.write_graphml(self.to_networkx(), file)
+        return Path(file)
+
+
+def _random_overlap(
+    rng: np.random.Generator, a: int, b: int, total: int, n: int
+) -> Float[np.ndarray, " random"]:
+    """Intersection over union of two random sets: their intersection is hypergeometric."""
+    both = rng.hypergeometric(a, total - a, b, size=n) if total else np.zeros(n)
+    return both / np.maximum(1, a + b - both)
+
+
+def chosen_edges(
+    graph: Graph,
+    scores: Float[np.ndarray, " edge"],
+    n: int | None,
+    fraction: float | None,
+    threshold: float | None,
+    signed: bool,
+    greedy: bool,
+) -> Bool[np.ndarray, " edge"]:
+    """The edges with the largest scores (arguments as `Attribution.circuit`)."""
+    given = [size is not None for size in (n, fraction, threshold)]
+    if sum(given) != 1:
+        raise ValueError("give exactly one of n, fraction and threshold")
+    value = scores if signed else np.abs(scores)
+    if threshold is not None:
+        n = int((value >= threshold).sum())
+    if fraction is not None:
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; give a share of the edges in (0, 1]")
+        n = max(1, round(fraction * len(graph)))
+    assert n is not None
+    if not 0 <= n <= len(graph):
+        raise ValueError(f"{n} edges were asked for, of a graph with {len(graph)}")
+    if greedy:
+        return _greedy(graph, value, n)
+    keep = np.zeros(len(graph), dtype=bool)
+    keep[np.argsort(-value, kind="stable")[:n]] = True
+    return keep
+
+
+def _greedy(graph: Graph, value: np.ndarray, n: int) -> np.ndarray:
+    """From the logits backwards: each time the best edge into a reader that is there already."""
+    keep = np.zeros(len(graph), dtype=bool)
+    into = dict(zip(*_grouped(graph.dst), strict=True))
+    readers_of: dict[int, list[int]] = defaultdict(list)
+    for reader, writer in graph.links:
+        readers_of[int(writer)].append(int(reader))
+    there: set[int] = set()
+    heap: list[tuple[float, int]] = []
+
+    def enter(reader: int) -> None:
+        if reader not in there:
+            there.add(reader)
+            for edge in into.get(reader, ()):
+                heapq.heappush(heap, (-float(value[edge]), int(edge)))
+
+    for reader in np.flatnonzero(graph.readers["kind"] == "logits"):
+        enter(int(reader))
+    while heap and n:
+        _, edge = heapq.heappop(heap)
+        keep[edge], n = True, n - 1
+        for reader in readers_of[int(graph.src[edge])]:
+            enter(reader)
+    return keep
+
+
+def _grouped(keys: np.ndarray) -> tuple[list[int], list[np.ndarray]]:
+    """Distinct keys, and where each is."""
+    order = np.argsort(keys, kind="stable")
+    names, starts = np.unique(keys[order], return_index=True)
+    return names.tolist(), np.split(order, starts[1:])

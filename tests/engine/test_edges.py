@@ -1,0 +1,90 @@
+"""Edge scores are gradient x difference, and edges are cut exactly, in every family."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from contrasted import NO_EDGES, Contrasted
+
+from mechmm.engine.splice import stream_at
+from mechmm.engine.wiring import StreamError, wired
+from mechmm.model.families import FAMILIES
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.testing import RECIPES, tiny_hf
+
+ANSWERING = [
+    family
+    for family, recipe in RECIPES.items()
+    if FAMILIES[recipe.architecture].unembed is not None and family not in NO_EDGES
+]
+
+
+@pytest.fixture(scope="module", params=ANSWERING)
+def case(request):
+    return Contrasted(request.param)
+
+
+def test_scores_are_gradient_times_difference(case):
+    found, wanted = case.scores().sum(0), case.brute()
+    known = ~wanted.isnan()
+    assert known.float().mean() > 0.4
+    assert (found - wanted)[known].abs().max() < 1e-4 * wanted[known].abs().max()
+    assert (wanted[known].abs() > 1e-3 * wanted[known].abs().max()).float().mean() > 0.1
+
+
+def test_with_all_edges_the_clean_run_and_with_none_the_corrupt_one(case):
+    splice, blocks = case.contrast.splice(), case.wiring.graph.blocks
+    clean, corrupt = case.contrast.clean.metric, case.contrast.metric
+    scale = (clean - corrupt).abs().max()
+    assert (splice.run([torch.ones(b.shape) for b in blocks]) - clean).abs().max() < 1e-4 * scale
+    assert (splice.run([torch.zeros(b.shape) for b in blocks]) - corrupt).abs().max() < 1e-4 * scale
+
+
+def test_what_is_written_adds_up_to_the_stream(case):
+    values = case.contrast.clean.values
+    for number, group in enumerate(case.wiring.readers):
+        hook = stream_at(case.model, group)
+        if hook is None or hook not in values:
+            continue
+        rows, positions = np.concatenate(
+            [p for e in case.contrast.places[group.tower] for p in e]
+        ).T
+        at, before = (torch.tensor(rows), torch.tensor(positions)), case.wiring.before(number)
+        parts = [w.of(values, at).sum(0) for w in case.contrast.writers if w.group in before]
+        assert torch.allclose(sum(parts), values[hook][at], atol=2e-4), hook
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "mllama"])
+def test_scores_of_spans_add_up_to_those_of_the_whole(family):
+    whole, split = Contrasted(family), Contrasted(family, ("image", "last"))
+    parts = split.scores()[0].numpy()
+    for block, single, several in zip(
+        whole.wiring.graph.blocks,
+        whole.wiring.graph.by_block(whole.scores()[0].numpy()),
+        split.wiring.graph.by_block(parts),
+        strict=True,
+    ):
+        assert several.shape[1:] == block.shape[1:]
+        assert abs(several.sum(0) - single[0]).max() < 1e-4 * abs(parts).max()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
+def test_cutting_every_span_of_an_edge_is_cutting_the_edge(family):
+    whole, split = Contrasted(family), Contrasted(family, ("image", "last"))
+    random = torch.Generator().manual_seed(0)
+    masks = [
+        (torch.rand(b.shape[1:], generator=random) < 0.7).float() for b in whole.wiring.graph.blocks
+    ]
+    found = split.contrast.splice().run(
+        [m.expand(b.shape) for m, b in zip(masks, split.wiring.graph.blocks, strict=True)]
+    )
+    wanted = whole.contrast.splice().run([mask[None] for mask in masks])
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert not torch.allclose(found, whole.contrast.clean.metric, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", NO_EDGES)
+def test_a_normed_stream_is_refused(family):
+    with pytest.raises(StreamError, match=r"norms its residual stream.*mm\.patch"):
+        wired(HookedMultimodal.from_hf(tiny_hf(family)))
