@@ -41,10 +41,11 @@ class Steer:
 
     def __call__(self, now: Tensor) -> Tensor:
         """What is there, steered."""
-        if now.ndim > 1 and now.shape[-1] != len(self.vector):
+        size = now.shape[-1] if now.ndim > 1 else 1
+        if self.vector.shape != (size,):
             raise InterventionError(
-                f"a direction of {len(self.vector)} numbers cannot be added to {now.shape[-1]}; "
-                "steer sites of one size at a time"
+                f"a direction of shape {list(self.vector.shape)} cannot be added to {size} "
+                "number(s) at each place; steer sites of one size at a time"
             )
         return now + self.scale * self.vector.to(now)
 
@@ -103,7 +104,7 @@ class Donor:
         takes the value of the place as far along in the other."""
         chosen = [self.other[pair] for pair in batch.indices]
         donors = next(iter(self.pairs[chosen].batches(len(chosen)))).clean
-        theirs = located(self.sites, donors.layout, self.seed)
+        theirs = located(self.sites, donors.layout, self.seed, batch.indices)
         counts = np.bincount(places.trial, minlength=len(places.prompts))
         given = np.bincount(theirs.trial, minlength=len(places.prompts))
         missing = np.flatnonzero((counts > 0) & (given == 0))
@@ -137,7 +138,7 @@ class Donor:
         counts = np.zeros(len(self.sites))
         for batch in self.pairs.batches(batch_size):
             found = values(self.model, batch.clean, self.hooks)
-            places = located(self.sites, batch.clean.layout, self.seed)
+            places = located(self.sites, batch.clean.layout, self.seed, batch.indices)
             site = places.trial // len(batch)
             counts += np.bincount(site, minlength=len(self.sites))
             for number, hook in enumerate(places.hooks):
