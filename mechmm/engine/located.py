@@ -44,7 +44,7 @@ class Located:
 
         Args:
             site: a row of `Sites.table`, by column.
-            number: of the site, which chooses random positions.
+            number: of the site among random ones, which chooses its positions.
 
         Raises:
             SpanError: for a span that the layout has not.
@@ -123,10 +123,12 @@ def located(
     hooks = tuple(sites.table["hook"].unique())
     numbers = {hook: number for number, hook in enumerate(hooks)}
     wheres, trials, kinds, parts = [], [], [], []
+    # By their own count, so that they do not depend on what else is in the table.
+    drawn = sites.table["span"].str.startswith(RANDOM).cumsum().tolist()
     for number, site in enumerate(sites.table.to_dict("records")):
         part = [int(p) for p in (site["head"], site["neuron"]) if not pd.isna(p)] or [-1]
         for prompt in range(prompts):
-            where = finder.places(site, number, prompt)
+            where = finder.places(site, drawn[number], prompt)
             wheres.append(where)
             trials.append(np.full(len(where), number * prompts + prompt))
             kinds.append(np.full(len(where), numbers[site["hook"]]))

@@ -287,7 +287,9 @@ def test_spans_of_unequal_size_are_refused(pairs, table, passes):
         check_places(table, unlike, 0)
 
 
-def test_a_pair_without_the_span_cannot_give_it(model, pairs, table):
-    bare = mm.PairDataset([pairs[0], replace(pairs[1], spans={})], model)
+def test_a_pair_without_the_span_cannot_give_it(model, pairs, table, passes):
+    bare = mm.PairDataset([pairs[0], replace(pairs[1], spans={}), *pairs[:1]], model)
+    sweep = Sweep(model, bare, table, base="clean", source="resample", batch_size=1)
     with pytest.raises(ValueError, match="pair 1 has no position in span 'object' to resample"):
-        Sweep(model, bare, table, base="clean", source="resample").run()
+        sweep.run()
+    assert not passes

@@ -266,6 +266,14 @@ def test_random_sites_do_not_depend_on_how_pairs_are_batched(model, pictures):
     assert (whole.null != whole.corrupt).any()
 
 
+def test_a_screen_leaves_the_null_as_it_is(model, pictures):
+    sites = mm.sites.heads(model, ("object",), towers=["language"])
+    whole = mm.patch(model, pictures, sites, n_null=4)
+    screened = mm.patch(model, pictures, sites, n_null=4, screen="attribution", keep=0.1)
+    assert screened.exact.sum() < len(sites)
+    torch.testing.assert_close(screened.null, whole.null, atol=1e-4, rtol=1e-4)
+
+
 def test_a_metric_without_a_name_is_called_by_its_class(model, pictures):
     sites = mm.sites.residual(model, ("object",), layers=[1], towers=["language"])
     found = mm.patch(model, pictures, sites, partial(mm.logit_diff), n_null=0)
