@@ -111,7 +111,7 @@ def patch(
     """
     from mechmm.runs.patch import Job, facts_of, patch_folder, plan_folder
 
-    names, places = sites.split(","), spans.split(",")
+    names, places = ([n.strip() for n in text.split(",")] for text in (sites, spans))
     job = Job(pairs, names, places, metric, direction, seed, screen, tokens, budget, state)
     if plan:
         found = plan_folder(_load(model), job)

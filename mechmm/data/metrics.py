@@ -166,6 +166,11 @@ class Reading:
         return chosen(logits_at(model, self.batch, self.places), self.rows)
 
 
+def name_of(metric: Metric) -> str:
+    """What a metric is called; that of an object without a name is its class's."""
+    return getattr(metric, "__name__", type(metric).__name__)
+
+
 def readings(batch: Batch, answers: Answers, metric: Metric) -> list[Reading]:
     """The runs that a metric needs for answers of any number of tokens.
 

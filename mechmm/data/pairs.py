@@ -252,9 +252,10 @@ class PairDataset(Sequence[Pair]):
         if size < 1:
             raise ValueError(f"a batch of {size} pairs is impossible; give a size of 1 or more")
         starts = range(0, len(self), size)
-        return (self._batch(range(start, min(start + size, len(self)))) for start in starts)
+        return (self.batch(range(start, min(start + size, len(self)))) for start in starts)
 
-    def _batch(self, numbers: range) -> PairBatch:
+    def batch(self, numbers: Sequence[int]) -> PairBatch:
+        """Some pairs together, by number, with every span of the dataset."""
         pairs = tuple(self.pairs[number] for number in numbers)
         clean = _encode(self.model, [pair.clean for pair in pairs])
         corrupt = _encode(self.model, [pair.corrupt for pair in pairs])

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from numbers import Integral, Real
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mechmm.data.metrics import READS_ANSWERS, Metric
+from mechmm.data.metrics import READS_ANSWERS, Metric, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.located import located
-from mechmm.engine.places import QUERY_ROWS
+from mechmm.engine.places import QUERY_ROWS, spot_of
 from mechmm.engine.shelf import Keep
 from mechmm.engine.sites import Sites
 from mechmm.engine.source import Named, Source, applied
@@ -31,13 +32,20 @@ def check_sites(model: HookedMultimodal, sites: Sites) -> None:
     """Refuse sites outside the model.
 
     Raises:
-        SiteError: no sites; a head or neuron that its hook does not have.
+        SiteError: no sites; a head or neuron that its hook does not have; another tower than its
+            hook's.
         UnknownHookError: a hook that the model does not have.
     """
+    if not isinstance(sites, Sites):
+        raise SiteError(f"sites are a table made by mechmm.sites, not {type(sites).__name__}")
     if not len(sites):
         raise SiteError("the table of sites is empty: there is nothing to patch")
     table = sites.table
     model.check_names(table["hook"].unique())
+    for hook, tower in table[["hook", "tower"]].drop_duplicates().itertuples(index=False):
+        own = spot_of(model, hook).tower
+        if str(tower).partition(".")[0] != own:
+            raise SiteError(f"{hook} belongs to {own!r}, but the table of sites says {tower!r}")
     for column, size in (("head", heads_of), ("neuron", neurons_of)):
         for hook, group in table[table[column].notna()].groupby("hook"):
             count, largest = size(model, str(hook)), int(group[column].max())
@@ -87,6 +95,61 @@ def check_choices(base: str, source: Source, state: str) -> None:
         check_choice(what, given, known)
 
 
+def check_model(model: HookedMultimodal) -> None:
+    """Refuse models without logits after a prompt.
+
+    Raises:
+        ValueError: with the kind of model.
+    """
+    encoder = model.family.unembed is None
+    if encoder or model.config.is_encoder_decoder:
+        why = "it only encodes" if encoder else "its decoder writes apart from the prompt"
+        name = model.family.architecture
+        raise ValueError(
+            f"a sweep reads logits after the last token of a prompt, and {name} gives none there: "
+            f"{why}; patch with model.hooks or run_with_hooks"
+        )
+
+
+def check_pairs(pairs: PairDataset, source: Source) -> None:
+    """Refuse anything but a dataset of pairs, and one pair alone to resample.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    if not isinstance(pairs, PairDataset):
+        kind = type(pairs).__name__
+        raise ValueError(
+            f"pairs are a PairDataset, not {kind}; make one: PairDataset(pairs, model)"
+        )
+    if source == "resample" and len(pairs) == 1:
+        raise ValueError(
+            "resample takes the values of another pair, but there is one pair alone; give two or "
+            "more, or ablate with zero or mean"
+        )
+
+
+def check_limits(**limits: float | None) -> None:
+    """Refuse limits that let nothing through.
+
+    Raises:
+        ValueError: by name.
+    """
+    for name, value in limits.items():
+        if value is not None and not (isinstance(value, Real) and value >= 1):
+            raise ValueError(f"{name} is {value!r}; give a number of 1 or more, or None")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that the generators do not take.
+
+    Raises:
+        ValueError: with the seed.
+    """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; give a whole number, 0 or more")
+
+
 def check_choice(what: str, given: str, known: Collection[str]) -> None:
     """Refuse a name that is not among those there are.
 
@@ -108,7 +171,9 @@ def check_function(model: HookedMultimodal, sites: Sites, source: Source) -> Non
     give = applied(source)
     for hook, group in sites.table.groupby("hook"):
         shape = _shape(model, str(hook), bool(group["head"].notna().all()))
-        if group["neuron"].notna().any() or shape is None:
+        parts = group["neuron"].notna()
+        shape = () if parts.all() else shape
+        if shape is None or parts.any() != parts.all():
             continue
         random = torch.Generator().manual_seed(0)
         made_up = torch.randn(2, *shape, generator=random).to(model.device, model.dtype)
@@ -133,8 +198,13 @@ def check_metric(model: HookedMultimodal, pairs: PairDataset, metric: Metric) ->
     """Try a metric on made-up logits.
 
     Raises:
-        ValueError: where it does not give one number per example.
+        ValueError: where it is none, or does not give one number per example.
     """
+    if not callable(metric):
+        raise ValueError(
+            f"a metric is a function of logits and answers, for example mechmm.logit_diff, not "
+            f"{metric!r}"
+        )
     if metric in READS_ANSWERS:
         return
     answers = next(iter(pairs.batches(min(2, len(pairs))))).answers
@@ -146,10 +216,9 @@ def check_metric(model: HookedMultimodal, pairs: PairDataset, metric: Metric) ->
     value = metric(logits, answers.with_reference(logits))
     shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
     if shape != [len(answers)]:
-        name = getattr(metric, "__name__", repr(metric))
         raise ValueError(
-            f"the metric {name} gave {shape} for {len(answers)} example(s); it must give one "
-            "number per example, [batch]: leave out the mean over the batch"
+            f"the metric {name_of(metric)} gave {shape} for {len(answers)} example(s); it must "
+            "give one number per example, [batch]: leave out the mean over the batch"
         )
 
 
@@ -159,8 +228,8 @@ def check_places(sites: Sites, batch: PairBatch, seed: int) -> None:
     Raises:
         SiteError: with the pair, the span and both sizes.
     """
-    other = located(sites, batch.corrupt.layout, seed)
-    mine = located(sites, batch.clean.layout, seed)
+    other = located(sites, batch.corrupt.layout, seed, batch.indices)
+    mine = located(sites, batch.clean.layout, seed, batch.indices)
     counts = [np.bincount(p.trial, minlength=len(p.prompts)) for p in (mine, other)]
     unequal = np.flatnonzero(counts[0] != counts[1])
     if len(unequal):

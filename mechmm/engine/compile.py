@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
-from mechmm.data.metrics import READS_ANSWERS, readings
+from mechmm.data.metrics import READS_ANSWERS, Answers, readings
 from mechmm.data.pairs import PairBatch
 from mechmm.engine.cost import Cost, Shape
 from mechmm.engine.engine import blocks_of, earliest, first_seen, seen_positions
@@ -18,6 +19,7 @@ from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Spot, by_begin, spot_o
 from mechmm.engine.plan import Plan, alike, fallbacks, predicted_starts, shape_of
 from mechmm.engine.record import blocks_read, embedding, resumes
 from mechmm.engine.trials import Entries
+from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE
 
 if TYPE_CHECKING:
@@ -71,7 +73,19 @@ class _Compiler:
         self.spots = {hook: spot_of(self.model, hook) for hook in hooks}
         self.cost, self.resumed = Cost(self.model), resumes(self.model)
         self.last = len(self.model.towers[LANGUAGE].blocks) - 1 if self.resumed else 0
-        self.sample = next(iter(sweep.pairs.batches(1)))
+        pairs = sweep.pairs
+        answers = [pair.answer for pair in pairs], [pair.foil for pair in pairs]
+        self.single = Answers.of(self.model, *answers).single
+
+    @cached_property
+    def longest(self) -> Batch:
+        """The prompt that takes most, its answer behind it where that has several tokens."""
+        found = (
+            reading.batch
+            for batch in self.sweep.pairs.batches(1)
+            for reading in readings(batch.clean, batch.answers, self.sweep.metric)
+        )
+        return max(found, key=lambda b: b.input_ids.numel() + seen_positions(b.layout))
 
     def sites(self) -> pd.DataFrame:
         """Where the trials of every site enter."""
@@ -84,10 +98,10 @@ class _Compiler:
     @property
     def reads(self) -> str:
         """What is needed at the end, in words."""
-        if self.sweep.metric in READS_ANSWERS and self.sample.answers.single:
+        if self.sweep.metric in READS_ANSWERS and self.single:
             return "logits of answer and foil after the last token"
-        single = self.sample.answers.single
-        return f"all logits after the last token{'' if single else ' and those of the answer'}"
+        behind = "" if self.single else " and those of the answer"
+        return f"all logits after the last token{behind}"
 
     def fitted(self) -> tuple[int, bool, list[str]]:
         """Pairs that run together within the budget, and whether anything is recorded."""
@@ -108,7 +122,7 @@ class _Compiler:
 
     def state(self, size: int) -> int:
         """Bytes of what is recorded for so many pairs."""
-        batch, config = self.sample.clean, self.model.cfg
+        batch, config = self.longest, self.model.cfg
         width = torch.finfo(self.model.dtype).bits // 8
         total = 0
         if self.resumed:
@@ -129,7 +143,7 @@ class _Compiler:
 
     def _hook(self, hook: str) -> int:
         """Numbers that a hook holds for one pair."""
-        spot, batch = self.spots[hook], self.sample.clean
+        spot, batch = self.spots[hook], self.longest
         tower = self.model.towers.get(spot.tower) or self.model.towers[LANGUAGE]
         cfg, name = tower.cfg, hook.rpartition(".")[2]
         positions = batch.input_ids.numel()
@@ -166,7 +180,7 @@ class _Compiler:
         """What the cells of a batch run."""
         sweep = self.sweep
         base = getattr(batch, sweep.base)
-        places = located(sweep.sites, base.layout, sweep.seed)
+        places = located(sweep.sites, base.layout, sweep.seed, batch.indices)
         spots = [self.spots[hook] for hook in places.hooks]
         starts = predicted_starts(self.model, base.layout)
         if sweep.source in ("clean", "corrupt"):

@@ -30,6 +30,7 @@ from mechmm.data.metrics import (
     accuracy,
     kl,
     logit_diff,
+    name_of,
     prepared,
     readings,
 )
@@ -91,7 +92,6 @@ def check_gradient(
     Raises:
         ValueError: where it has none.
     """
-    name = getattr(metric, "__name__", repr(metric))
     if metric is kl and base == "clean":
         raise ValueError(
             "kl is flat at the clean run, which it compares with, so that its gradient there says "
@@ -99,8 +99,8 @@ def check_gradient(
         )
     if metric is accuracy or not _has_gradient(model, pairs, metric):
         raise ValueError(
-            f"the metric {name} has no gradient, from which effects could be estimated; screen "
-            "with logit_diff or log_prob, or leave out screen"
+            f"the metric {name_of(metric)} has no gradient, from which effects could be estimated; "
+            "screen with logit_diff or log_prob, or leave out screen"
         )
 
 
@@ -131,7 +131,7 @@ def _estimated(
     for batch in pairs.batches(batch_size):
         check_places(sites, batch, seed)
         prompts = getattr(batch, base)
-        places = located(sites, prompts.layout, seed)
+        places = located(sites, prompts.layout, seed, batch.indices)
         answers = prepared(model, batch.clean, batch.answers, metric)
         values, total = donor.values(batch, places), torch.zeros(len(places.prompts)).double()
         for part in readings(prompts, answers, metric):  # the metric is a sum over them

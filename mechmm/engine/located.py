@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -23,14 +24,19 @@ class Located:
 
     Args:
         seed: of random positions.
+        pairs: the number of every prompt's pair, which chooses random positions together with the
+            seed, so that they do not depend on how pairs are batched; default: by place.
 
     Raises:
         SpanError: for a batch with images and videos.
     """
 
-    def __init__(self, layout: TokenLayout, seed: int = 0) -> None:
+    def __init__(
+        self, layout: TokenLayout, seed: int = 0, pairs: Sequence[int] | None = None
+    ) -> None:
         layout.refuse_two_kinds()
         self.layout, self.seed = layout, seed
+        self.pairs = range(len(layout.tokens)) if pairs is None else pairs
         self._every, self._span = cache(self._everything), cache(self.covered)
 
     def places(self, site: Any, number: int, prompt: int) -> Where:
@@ -38,7 +44,7 @@ class Located:
 
         Args:
             site: a row of `Sites.table`, by column.
-            number: of the site, which chooses random positions.
+            number: of the site among random ones, which chooses its positions.
 
         Raises:
             SpanError: for a span that the layout has not.
@@ -46,7 +52,7 @@ class Located:
         """
         if site["span"].startswith(RANDOM):
             every = self._every(site["tower"], prompt)
-            rng = np.random.default_rng([self.seed, number, prompt])
+            rng = np.random.default_rng([self.seed, number, self.pairs[prompt]])
             chosen = rng.choice(len(every), min(int(site["count"]), len(every)), replace=False)
             return every[np.sort(chosen)]
         if pd.isna(site["position"]):
@@ -102,23 +108,27 @@ def tower_rows(layout: TokenLayout, prompts: int | None = None) -> int:
     return sum(medium.tower_rows for media in layout.media[:prompts] for medium in media)
 
 
-def located(sites: Sites, layout: TokenLayout, seed: int = 0) -> Places:
+def located(
+    sites: Sites, layout: TokenLayout, seed: int = 0, pairs: Sequence[int] | None = None
+) -> Places:
     """The places of every site in every prompt; trial = site * prompts + prompt.
 
     Args:
-        seed: of random positions.
+        seed, pairs: as for `Located`.
 
     Raises:
         SpanError, ValueError: as `Located.places`.
     """
-    finder, prompts = Located(layout, seed), len(layout.tokens)
+    finder, prompts = Located(layout, seed, pairs), len(layout.tokens)
     hooks = tuple(sites.table["hook"].unique())
     numbers = {hook: number for number, hook in enumerate(hooks)}
     wheres, trials, kinds, parts = [], [], [], []
+    # By their own count, so that they do not depend on what else is in the table.
+    drawn = sites.table["span"].str.startswith(RANDOM).cumsum().tolist()
     for number, site in enumerate(sites.table.to_dict("records")):
         part = [int(p) for p in (site["head"], site["neuron"]) if not pd.isna(p)] or [-1]
         for prompt in range(prompts):
-            where = finder.places(site, number, prompt)
+            where = finder.places(site, drawn[number], prompt)
             wheres.append(where)
             trials.append(np.full(len(where), number * prompts + prompt))
             kinds.append(np.full(len(where), numbers[site["hook"]]))

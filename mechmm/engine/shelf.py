@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Literal
 from weakref import finalize
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,9 +40,24 @@ class Shelf:
             return {name: tensor.to("cpu") for name, tensor in tensors.items()}
         file = self.folder / f"{self.files}.safetensors"
         self.files += 1
-        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, file)
+        # Hooks may show views of one memory, which safetensors refuses, hence the copy.
+        own = {name: t.to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        try:
+            save_file(own, file)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"recorded state cannot be written to {str(self.folder)!r}: {error}; free some "
+                "space, point TMPDIR to another folder, or keep the state elsewhere (cpu, device)"
+            ) from error
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in tensors}
+
+    def clear(self) -> None:
+        """Delete what was put here before; tensors that are in use stay readable."""
+        if self.keep == "disk":
+            for file in self.folder.iterdir():
+                with suppress(PermissionError):  # Windows keeps files that are mapped
+                    file.unlink()
 
 
 def pick(tensor: Tensor, *index: Tensor | slice, device: torch.device) -> Tensor:

@@ -20,6 +20,8 @@ from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 COLUMNS = ("hook", "tower", "layer", "kind", "head", "neuron", "span", "position", "count")
 NUMBERS = ("layer", "head", "neuron", "position", "count")
 TEXT_SPANS = ("text", "question", "last", "before_image")
+POINTS = ("resid_pre", "resid_mid", "resid_post")
+"""Where the residual stream is hooked in a block."""
 RANDOM = "random "
 READING = (LANGUAGE, "encoder", "text")
 """Towers whose positions are those of the prompt."""
@@ -82,6 +84,8 @@ def residual(
         layers: default: all that the model reads.
         point: `"resid_pre"`, `"resid_mid"` or `"resid_post"`.
     """
+    if point not in POINTS:
+        raise ValueError(f"unknown point {point!r}; use {', '.join(POINTS)}")
     return _per_layer(model, f"hook_{point}", point, spans, positions, towers, layers)
 
 

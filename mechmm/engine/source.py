@@ -41,10 +41,11 @@ class Steer:
 
     def __call__(self, now: Tensor) -> Tensor:
         """What is there, steered."""
-        if now.ndim > 1 and now.shape[-1] != len(self.vector):
+        size = now.shape[-1] if now.ndim > 1 else 1
+        if self.vector.shape != (size,):
             raise InterventionError(
-                f"a direction of {len(self.vector)} numbers cannot be added to {now.shape[-1]}; "
-                "steer sites of one size at a time"
+                f"a direction of shape {list(self.vector.shape)} cannot be added to {size} "
+                "number(s) at each place; steer sites of one size at a time"
             )
         return now + self.scale * self.vector.to(now)
 
@@ -72,6 +73,9 @@ class Donor:
         others = np.random.default_rng(seed).permutation(len(pairs))
         # A cycle through a random order: every pair gives once, to another pair.
         self.other = dict(zip(others.tolist(), np.roll(others, 1).tolist(), strict=True))
+        if source == "resample":  # what a pair cannot give is said before the first run
+            for batch in pairs.batches(batch_size):
+                self._theirs(batch, located(sites, batch.clean.layout, seed, batch.indices))
 
     def values(self, batch: PairBatch, places: Places) -> Values:
         """The values for the places that the sites have in a batch."""
@@ -99,11 +103,15 @@ class Donor:
         return give
 
     def _others(self, batch: PairBatch, places: Places) -> Values:
-        """The values of another pair's clean run: of two spans of unequal size, position `i` of `n`
-        takes the value of the place as far along in the other."""
+        """The values of another pair's clean run."""
+        return self._of(*self._theirs(batch, places))
+
+    def _theirs(self, batch: PairBatch, places: Places) -> tuple[Batch, Places]:
+        """The clean prompts of other pairs, and the places there: of two spans of unequal size,
+        position `i` of `n` takes the value of the place as far along in the other."""
         chosen = [self.other[pair] for pair in batch.indices]
-        donors = next(iter(self.pairs[chosen].batches(len(chosen)))).clean
-        theirs = located(self.sites, donors.layout, self.seed)
+        donors = self.pairs.batch(chosen).clean
+        theirs = located(self.sites, donors.layout, self.seed, batch.indices)
         counts = np.bincount(places.trial, minlength=len(places.prompts))
         given = np.bincount(theirs.trial, minlength=len(places.prompts))
         missing = np.flatnonzero((counts > 0) & (given == 0))
@@ -117,8 +125,7 @@ class Donor:
         rank = np.arange(len(places)) - (counts.cumsum() - counts)[places.trial]
         first = (given.cumsum() - given)[places.trial]
         there = first + rank * given[places.trial] // counts[places.trial]
-        moved = theirs.chosen(there)
-        return self._of(donors, moved)
+        return donors, theirs.chosen(there)
 
     def _mean(self, places: Places) -> Values:
         prompts = int(places.prompts.max()) + 1
@@ -137,7 +144,7 @@ class Donor:
         counts = np.zeros(len(self.sites))
         for batch in self.pairs.batches(batch_size):
             found = values(self.model, batch.clean, self.hooks)
-            places = located(self.sites, batch.clean.layout, self.seed)
+            places = located(self.sites, batch.clean.layout, self.seed, batch.indices)
             site = places.trial // len(batch)
             counts += np.bincount(site, minlength=len(self.sites))
             for number, hook in enumerate(places.hooks):

@@ -17,8 +17,12 @@ from mechmm.engine.calibrate import DEFAULT
 from mechmm.engine.checks import (
     check_choices,
     check_function,
+    check_limits,
     check_metric,
+    check_model,
+    check_pairs,
     check_places,
+    check_seed,
     check_sites,
 )
 from mechmm.engine.compile import compiled
@@ -72,8 +76,9 @@ class Sweep:
         state: where they are kept: `"device"`, `"cpu"` or `"disk"`.
 
     Raises:
-        ValueError: no sites; a site outside the model; an unknown source; a metric that does not
-            give one number per example; an intervention that gives another shape or dtype.
+        ValueError: no sites; a site outside the model; an unknown source; a limit below 1; a metric
+            that does not give one number per example; an intervention that gives another shape or
+            dtype; one pair alone to resample.
     """
 
     model: HookedMultimodal
@@ -89,7 +94,11 @@ class Sweep:
     state: Keep = "device"
 
     def __post_init__(self) -> None:
+        check_model(self.model)
+        check_pairs(self.pairs, self.source)
         check_choices(self.base, self.source, self.state)
+        check_limits(tokens=self.tokens, budget=self.budget)
+        check_seed(self.seed)
         check_sites(self.model, self.sites)
         check_function(self.model, self.sites, self.source)
         check_metric(self.model, self.pairs, self.metric)
@@ -137,7 +146,7 @@ class _Run:
         donor = Donor(sweep.model, sweep.pairs, sweep.sites, sweep.source, sweep.seed, size)
         for batch in sweep.pairs.batches(size):
             base = getattr(batch, sweep.base)
-            places = located(sweep.sites, base.layout, sweep.seed)
+            places = located(sweep.sites, base.layout, sweep.seed, batch.indices)
             check_places(sweep.sites, batch, sweep.seed)
             answers = prepared(sweep.model, batch.clean, batch.answers, sweep.metric)
             parts = readings(base, answers, sweep.metric)
@@ -175,10 +184,12 @@ class _Run:
                     self.values[own // len(indices), columns[own % len(indices)]] = sums[own]
                 self._progress(weights[trials].sum())
             self.tokens = engine.tokens  # fewer where memory ran out
+            del engine  # before another records: two would take twice the state
         skipped = np.setdiff1d(np.arange(len(weights)), places.trial)
         self._progress(weights[skipped].sum() * len(parts))
 
     def _engine(self, part: Reading, places: Places) -> Engine:
+        self.shelf.clear()
         engine = Engine(
             self.sweep.model,
             part.batch,

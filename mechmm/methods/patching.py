@@ -34,7 +34,7 @@ from PIL import Image
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, logit_diff, prepared, score
+from mechmm.data.metrics import Metric, logit_diff, name_of, prepared, score
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.estimate import Base, check_gradient, estimated
 from mechmm.engine.located import random_like
@@ -380,6 +380,8 @@ def patch(
         SpanError: a site's span that the pairs do not have.
     """
     _check_screen(screen, keep)
+    if n_null < 0:
+        raise ValueError(f"n_null is {n_null}; give 0 or more random sites")
     sweep = sweep_of(
         model, pairs, sites, metric, direction, seed, batch_size, tokens, budget, state
     )
@@ -408,7 +410,7 @@ def patch(
         sites=chosen,
         null_sites=null_sites.table,
         direction=_name(direction),
-        metric=metric.__name__,
+        metric=name_of(metric),
         picture=first.images[0][0] if first.images and first.images[0] else None,
         grid=_grid(media[0]) if media else (),
         estimates=estimates,
@@ -435,11 +437,6 @@ def sweep_of(
         )
     if callable(direction) and _name(direction) in SOURCES:
         raise ValueError(f"{_name(direction)!r} is a direction already; name your function another")
-    if not len(pairs) or not len(sites):
-        raise ValueError(f"nothing to patch: {len(pairs)} pairs, {len(sites)} sites")
-    for name, value in (("tokens", tokens), ("budget", budget)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more, or None")
     source = direction if callable(direction) else SOURCES[direction]
     base: Base = "corrupt" if direction == "denoise" else "clean"
     limits = (seed, batch_size, tokens, budget, state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -120,6 +121,25 @@ def facts_of(plan: Plan) -> dict[str, Any]:
     return {**counts, **facts, "notes": list(plan.notes)}
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder before the work whose result it is for, which goes again if it stays empty.
+
+    Raises:
+        ValueError: the folder is not empty, or is a file.
+        OSError: it cannot be made.
+    """
+    made = not folder.exists()
+    if not made and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} is not empty or is a file; give a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def patch_folder(model: HookedMultimodal, job: Job, out: Path, quiet: bool = False) -> Patching:
     """Patch the pairs of a folder and write `out/result` and `out/report.html`; of an interrupted
     run what is finished.
@@ -128,18 +148,17 @@ def patch_folder(model: HookedMultimodal, job: Job, out: Path, quiet: bool = Fal
         ValueError: as `Job.check` and `patch`; an unknown site; an output folder that is not empty.
     """
     job.check()
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"the folder {str(out)!r} is not empty; give a new one")
     table = make_sites(model, job.sites, job.spans)
     pairs = PairDataset.load(job.pairs, model)
     screen = {} if job.screen is None else {"screen": "attribution", "keep": job.screen}
     options = {**job.limits, **screen}
-    with progress("patching") as report:
-        found = patch(
-            model, pairs, table, METRICS[job.metric], job.direction, report=report, **options
-        )
-    found.save(out / "result")
-    found.page(f"Patching {job.pairs.name}").save(out / "report.html")
+    with new_folder(out):
+        with progress("patching") as report:
+            found = patch(
+                model, pairs, table, METRICS[job.metric], job.direction, report=report, **options
+            )
+        found.save(out / "result")
+        found.page(f"Patching {job.pairs.name}").save(out / "report.html")
     if not quiet:
         shown = SHOWN if found.exact.all() else [*SHOWN, "exact"]
         print_table(found.strongest(10)[shown], "Strongest sites")

@@ -17,6 +17,7 @@ from mechmm.engine.source import InterventionError, Steer
 from mechmm.engine.sweep import Sweep
 from mechmm.model.hooked import UnknownHookError
 from mechmm.model.layout import SpanError
+from mechmm.testing import tiny
 from mechmm.zoo.recipe import build_model, build_processor
 
 
@@ -114,6 +115,11 @@ BAD = {
         SiteError,
         "hook_z has no neurons",
     ),
+    "another tower": (
+        lambda m: changed(tables.residual(m, layers=[0], towers=["vision"]), tower="language"),
+        SiteError,
+        "vision.blocks.0.hook_resid_pre belongs to 'vision', but the table of sites says",
+    ),
     "span": (lambda m: tables.residual(m, ("bus",), layers=[1]), SpanError, "unknown span 'bus'"),
     "position": (
         lambda m: tables.residual(m, positions=[900], towers=["language"]),
@@ -152,6 +158,51 @@ def test_an_unknown_source_is_refused(model, pairs, table, passes, without_types
     with pytest.raises(ValueError, match="unknown source 'median'; use clean, corrupt, zero, mean"):
         Sweep(model, pairs, table, source="median").run()
     assert not passes
+
+
+OPTIONS = {
+    "budget": ({"budget": -1}, "budget is -1; give a number of 1 or more, or None"),
+    "budget in words": ({"budget": "2GB"}, "budget is '2GB'; give a number"),
+    "tokens": ({"tokens": 0}, "tokens is 0; give a number of 1 or more"),
+    "seed": ({"seed": -1}, "seed is -1; give a whole number, 0 or more"),
+    "sites": ({"sites": 3}, "sites are a table made by mechmm.sites, not int"),
+    "pairs": ({"pairs": []}, "pairs are a PairDataset, not list; make one"),
+    "metric": ({"metric": "logit_diff"}, "a metric is a function .* not 'logit_diff'"),
+}
+"""Name -> (options of a sweep, message)."""
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_that_mean_nothing_are_refused(model, pairs, table, passes, without_types, name):
+    options, message = OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        Sweep(**{"model": model, "pairs": pairs, "sites": table, **options})
+    assert not passes
+
+
+@pytest.mark.parametrize("family", ["clip", "florence2"])
+def test_models_without_logits_after_a_prompt_are_refused(pairs, family):
+    other = tiny(family)
+    sites = tables.residual(other, ("image",))
+    with pytest.raises(ValueError, match=r"reads logits after the last token .* gives none there"):
+        Sweep(other, pairs, sites)
+
+
+def test_one_pair_alone_is_not_resampled(model, pairs, table, passes):
+    with pytest.raises(ValueError, match="there is one pair alone; give two or more, or ablate"):
+        Sweep(model, pairs[:1], table, base="clean", source="resample")
+    assert not passes
+
+
+def test_a_direction_is_not_added_to_a_neuron(model, pairs, passes):
+    with pytest.raises(InterventionError, match=r"shape \[128\] cannot be added to 1 number"):
+        Sweep(model, pairs, tables.neurons(model, {1: [3]}), source=Steer(torch.ones(128)))
+    assert not passes
+
+
+def test_an_unknown_point_is_refused(model):
+    with pytest.raises(ValueError, match="unknown point 'resid_psot'; use resid_pre, resid_mid"):
+        tables.residual(model, point="resid_psot")
 
 
 FUNCTIONS = {
@@ -236,7 +287,9 @@ def test_spans_of_unequal_size_are_refused(pairs, table, passes):
         check_places(table, unlike, 0)
 
 
-def test_a_pair_without_the_span_cannot_give_it(model, pairs, table):
-    bare = mm.PairDataset([pairs[0], replace(pairs[1], spans={})], model)
+def test_a_pair_without_the_span_cannot_give_it(model, pairs, table, passes):
+    bare = mm.PairDataset([pairs[0], replace(pairs[1], spans={}), *pairs[:1]], model)
+    sweep = Sweep(model, bare, table, base="clean", source="resample", batch_size=1)
     with pytest.raises(ValueError, match="pair 1 has no position in span 'object' to resample"):
-        Sweep(model, bare, table, base="clean", source="resample").run()
+        sweep.run()
+    assert not passes

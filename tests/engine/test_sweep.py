@@ -5,16 +5,19 @@ from __future__ import annotations
 import gc
 import tempfile
 from dataclasses import replace
+from weakref import WeakSet
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn.functional import log_softmax
 
 import mechmm as mm
 from mechmm.data import shapes
 from mechmm.data.metrics import accuracy, kl, log_prob, logit_diff, prob, score
-from mechmm.engine import head
+from mechmm.engine import head, shelf
 from mechmm.engine import sites as tables
+from mechmm.engine.engine import Engine
 from mechmm.engine.located import Located
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.source import InterventionError, Steer
@@ -349,6 +352,60 @@ def test_state_may_be_kept_elsewhere(model, pairs, table, state, monkeypatch, tm
     assert (max(seen) > 0) == (state == "disk")
     gc.collect()
     assert not list(tmp_path.iterdir())
+
+
+def test_one_memory_under_two_names_may_be_kept_on_disk(model, pairs):
+    """What leaves a block and what enters the next one are one tensor."""
+    sites = tables.residual(model, ("object",), towers=["language"], layers=[2], point="resid_post")
+    sites += tables.residual(model, ("object",), towers=["language"], layers=[3])
+    sweep = Sweep(model, pairs, sites)
+    assert torch.equal(replace(sweep, state="disk").run().values, sweep.run().values)
+
+
+def test_files_of_one_batch_go_before_the_next(model, pairs, table, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def most(some):
+        seen = []
+        sweep = Sweep(model, some, table, batch_size=1, state="disk", tokens=500)
+        sweep.run(lambda *work: seen.append(len(list(tmp_path.rglob("*.safetensors")))))
+        return max(seen)
+
+    assert most(pairs) == most(pairs[:1])
+
+
+def test_a_disk_that_cannot_be_written_to_is_said(model, pairs, table, monkeypatch):
+    def full(tensors, file):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(shelf, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written to .*: No space left .* point TMPDIR to"):
+        Sweep(model, pairs, table, state="disk").run()
+
+
+def test_one_recording_is_held_at_a_time(model, pairs, table, monkeypatch):
+    alive = WeakSet()
+
+    class Watched(Engine):
+        def __init__(self, *args, **options):
+            assert not alive
+            super().__init__(*args, **options)
+            alive.add(self)
+
+    monkeypatch.setattr("mechmm.engine.sweep.Engine", Watched)
+    several = [replace(pair, answer="red circle", foil="blue star") for pair in pairs]
+    Sweep(model, mm.PairDataset(several, model), table.where(span="object"), batch_size=2).run()
+
+
+@pytest.mark.parametrize("answer", ["red", "red circle in b2"])
+def test_recorded_state_is_that_of_the_longest_pair(model, pairs, table, answer):
+    long = replace(pairs[2], answer=answer)
+    some, rest = (mm.PairDataset(p, model) for p in ([pairs[0], long], [long, pairs[0]]))
+    sizes = [
+        Sweep(model, p, table, batch_size=1).plan().state_bytes for p in (some, rest, some[1:])
+    ]
+    assert len(set(sizes)) == 1
+    assert sizes[0] > Sweep(model, pairs[:1], table, batch_size=1).plan().state_bytes
 
 
 def test_an_end_that_does_not_match_the_model_is_not_used_and_said(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -240,9 +242,10 @@ def test_figures_show_the_numbers(model, pictures):
     ("change", "message"),
     [
         ({"direction": "up"}, "unknown direction 'up'"),
-        ({"sites": "none"}, "0 sites"),
+        ({"sites": "none"}, "the table of sites is empty"),
         ({"sites": "span"}, "unknown span 'bus'"),
         ({"sites": "position"}, "position 900 is outside prompt 0"),
+        ({"n_null": -1}, "n_null is -1; give 0 or more random sites"),
     ],
 )
 def test_bad_input_is_refused(model, pictures, change, message):
@@ -251,8 +254,30 @@ def test_bad_input_is_refused(model, pictures, change, message):
         "span": mm.sites.residual(model, ("bus",)),
         "position": mm.sites.residual(model, positions=[900], towers=["language"]),
     }.get(change.get("sites"), mm.sites.residual(model))
+    options = {key: value for key, value in change.items() if key != "sites"}
     with pytest.raises(ValueError, match=message):
-        mm.patch(model, pictures, table, direction=change.get("direction", "denoise"))
+        mm.patch(model, pictures, table, **options)
+
+
+def test_random_sites_do_not_depend_on_how_pairs_are_batched(model, pictures):
+    sites = mm.sites.residual(model, ("object",), layers=[1])
+    whole, single = (mm.patch(model, pictures, sites, n_null=4, batch_size=n) for n in (3, 1))
+    torch.testing.assert_close(single.null, whole.null, atol=1e-4, rtol=1e-4)
+    assert (whole.null != whole.corrupt).any()
+
+
+def test_a_screen_leaves_the_null_as_it_is(model, pictures):
+    sites = mm.sites.heads(model, ("object",), towers=["language"])
+    whole = mm.patch(model, pictures, sites, n_null=4)
+    screened = mm.patch(model, pictures, sites, n_null=4, screen="attribution", keep=0.1)
+    assert screened.exact.sum() < len(sites)
+    torch.testing.assert_close(screened.null, whole.null, atol=1e-4, rtol=1e-4)
+
+
+def test_a_metric_without_a_name_is_called_by_its_class(model, pictures):
+    sites = mm.sites.residual(model, ("object",), layers=[1], towers=["language"])
+    found = mm.patch(model, pictures, sites, partial(mm.logit_diff), n_null=0)
+    assert found.metric == "partial"
 
 
 def test_unknown_tower_and_layer_are_refused(model):

@@ -190,6 +190,20 @@ def test_an_output_folder_in_use_is_refused(folder, pairs_folder, tmp_path, monk
     assert (tmp_path / "mine.txt").read_text() == "keep me"
 
 
+def test_an_output_folder_that_cannot_be_made_is_refused_before_the_work(
+    folder, pairs_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(patch_runs, "patch", None)  # nothing may be patched
+    (tmp_path / "file").write_text("a file")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        words = ["--model", folder, "--pairs", pairs_folder, "--out", out]
+        monkeypatch.setattr(sys, "argv", ["mechmm", "patch", *map(str, words)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
+
+
 def test_help_does_not_import_torch():
     code = "import sys; from mechmm import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
