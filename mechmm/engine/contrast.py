@@ -7,8 +7,8 @@ The clean run is compared with a reference: the corrupt prompt's run, the mean o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -20,7 +20,7 @@ from mechmm.data.metrics import Answers, Metric, prepared, readings
 from mechmm.data.metrics import Reading as Part
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.edges import Places, places_of
-from mechmm.engine.flow import Flow, hooks_of, values
+from mechmm.engine.flow import Flow, hooks_of, slopes, values
 from mechmm.engine.splice import Splice, stream_at
 from mechmm.engine.wiring import Wiring
 from mechmm.engine.writers import Values, Writer, writers_of
@@ -40,8 +40,7 @@ class Contrast:
     Attributes:
         clean_part, corrupt_part: what runs for both prompts.
         clean: the clean run.
-        reference: values of the hooks of all writers in the reference run.
-        metric: of the reference run, where it is a run [example].
+        reference: the reference; without a metric where it is no run.
         indices: of the pairs.
     """
 
@@ -51,9 +50,17 @@ class Contrast:
     corrupt_part: Part
     answers: Answers
     clean: Flow
-    reference: Values
-    metric: Tensor | None
+    reference: Flow
     indices: tuple[int, ...]
+
+    @property
+    def paired(self) -> bool:
+        """Whether the reference is a run of the corrupt prompt."""
+        return len(self.reference.metric) > 0
+
+    def changes(self) -> tuple[Values, Values]:
+        """What the writers' hooks gave in the clean run and in the reference."""
+        return self.clean.values, self.reference.values
 
     @cached_property
     def writers(self) -> list[Writer]:
@@ -98,8 +105,7 @@ class Contrast:
             self.clean_part,
             self.answers,
             self.writers,
-            self.clean.values,
-            self.reference,
+            *self.changes(),
             self.spans(),
         )
 
@@ -111,8 +117,15 @@ def contrasts(
     metric: Metric,
     target: Target = "corrupt",
     batch_size: int = 16,
+    *,
+    sloped: Collection[str] = (),
+    streams: bool = False,
 ) -> Iterator[list[Contrast]]:
     """Batch by batch, both runs for every reading of the metric, which is the sum over them.
+
+    Args:
+        sloped: `"clean"`, `"corrupt"`: runs whose slopes are wanted.
+        streams: whether the streams of the clean run are wanted, as `Contrast.splice` needs them.
 
     Raises:
         ValueError: an unknown target.
@@ -121,7 +134,7 @@ def contrasts(
     check_target(target)
     means = mean_values(model, pairs, wiring, metric, batch_size) if target == "mean" else None
     for batch in pairs.batches(batch_size):
-        yield _batch(model, batch, wiring, metric, target, means)
+        yield _batch(_Runs(model, wiring, sloped, streams), batch, metric, target, means)
 
 
 def check_target(target: str) -> None:
@@ -134,40 +147,58 @@ def check_target(target: str) -> None:
         raise ValueError(f"unknown target {target!r}; use {', '.join(get_args(Target))}")
 
 
+@dataclass(frozen=True)
+class _Runs:
+    """What is wanted of runs (arguments as `contrasts`)."""
+
+    model: HookedMultimodal
+    wiring: Wiring
+    sloped: Collection[str] = ()
+    streams: bool = False
+
+    def of(self, prompt: str, part: Part, answers: Answers) -> Flow:
+        """One run."""
+        written, at, normed = hooks_of(self.model, self.wiring)
+        also = [*written, *(streams_of(self.model, self.wiring) if self.streams else ())]
+        if prompt not in self.sloped:
+            return values(self.model, part, answers, list(dict.fromkeys(also)))
+        also = list(dict.fromkeys([*also, *normed]))
+        return slopes(self.model, part, answers, at, also)
+
+
 def _batch(
-    model: HookedMultimodal,
-    batch: PairBatch,
-    wiring: Wiring,
-    metric: Metric,
-    target: Target,
-    means: Means | None,
+    runs: _Runs, batch: PairBatch, metric: Metric, target: Target, means: Means | None
 ) -> list[Contrast]:
-    answers = prepared(model, batch.clean, batch.answers, metric)
+    answers = prepared(runs.model, batch.clean, batch.answers, metric)
     parts = [readings(prompt, answers, metric) for prompt in (batch.clean, batch.corrupt)]
     found = []
-    for clean_part, corrupt_part in zip(*parts, strict=True):
-        both = (clean_part, corrupt_part, answers)
-        clean = values(model, clean_part, answers, names_of(model, wiring))
-        reference, result = clean.values, None
-        if target == "corrupt":
-            run = values(model, corrupt_part, answers, hooks_of(model, wiring)[0])
-            reference, result = run.values, run.metric
-        contrast = Contrast(model, wiring, *both, clean, reference, result, batch.indices)
+    for both in zip(*parts, strict=True):
+        clean = runs.of("clean", both[0], answers)
+        reference = runs.of("corrupt", both[1], answers) if target == "corrupt" else Flow({})
+        clean_part, corrupt_part = both
+        contrast = Contrast(
+            runs.model,
+            runs.wiring,
+            clean_part,
+            corrupt_part,
+            answers,
+            clean,
+            reference,
+            batch.indices,
+        )
         if target != "corrupt":
-            instead = _instead(contrast, means)
-            contrast = Contrast(model, wiring, *both, clean, instead, None, batch.indices)
+            contrast = replace(contrast, reference=Flow(_instead(contrast, means)))
         found.append(contrast)
     return found
 
 
-def names_of(model: HookedMultimodal, wiring: Wiring) -> list[str]:
-    """Hooks of writers, and of the streams that readers read."""
-    streams = [stream_at(model, group) for group in wiring.readers]
-    names = [*hooks_of(model, wiring)[0], *(name for name in streams if name is not None)]
-    return [name for name in dict.fromkeys(names) if name in model.hook_dict]
+def streams_of(model: HookedMultimodal, wiring: Wiring) -> list[str]:
+    """Hooks of what readers read."""
+    names = [stream_at(model, group) for group in wiring.readers]
+    return [name for name in dict.fromkeys(names) if name is not None and name in model.hook_dict]
 
 
-def _instead(contrast: Contrast, means: Means | None) -> Values:
+def _instead(contrast: Contrast, means: Means | None) -> dict[str, Tensor]:
     """Zeros, or the means at the places of every span, in the shapes of the clean run."""
     new = {name: torch.zeros_like(value) for name, value in contrast.clean.values.items()}
     if means is None:
@@ -192,7 +223,7 @@ def mean_values(
     sums: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
     counts: dict[str, list[int]] = {}
     for batch in pairs.batches(batch_size):
-        for contrast in _batch(model, batch, wiring, metric, "zero", None)[:1]:
+        for contrast in _batch(_Runs(model, wiring), batch, metric, "zero", None)[:1]:
             hooks = [(w.group.tower, name) for w in contrast.writers for name in w.hooks]
             for tower, name in dict.fromkeys(hooks):
                 _gather(sums[tower], name, contrast, tower)

@@ -156,9 +156,12 @@ def slopes(
             kept[hook.name].append(value.detach().clone())
         if hook.name not in hooks:
             return value
-        value = value if value.requires_grad else value.detach().requires_grad_()
-        caught[hook.name].append(value)
-        return value.clone()  # what comes behind may write into it
+        if value.requires_grad:
+            caught[hook.name].append(value)
+            return value
+        leaf = value.detach().requires_grad_()
+        caught[hook.name].append(leaf)
+        return leaf.clone()  # nothing may write into a leaf
 
     live = [*edits, *((name, catch) for name in dict.fromkeys([*hooks, *also]))]
     with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=live):  # type: ignore[arg-type]

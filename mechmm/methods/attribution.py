@@ -11,7 +11,7 @@ answer), the first-order effect of setting u to its clean value for v alone is
   embeddings, are ref + k / steps (clean - ref), k = 1..steps. Hanna et al. 2403.17806.
 - `"eap-ig-activations"`: for the edges out of one layer's components, its mean over `steps` runs in
   which what these write is ref + k / steps (clean - ref). Same paper.
-- `"clean-corrupt"`: the mean of the gradients at both runs.
+- `"clean-corrupt"`: the mean of the gradients at both runs (corrupt target).
 - `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
 - `"random"`: standard normal numbers, the null.
 
@@ -36,7 +36,7 @@ from mechmm.data.pairs import PairDataset
 from mechmm.engine.contrast import Contrast, Target, contrasts
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
-from mechmm.engine.flow import Edit, hooks_of, slopes, slopes_at
+from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
 from mechmm.engine.readers import Reader
 from mechmm.engine.wiring import Group, wired
 from mechmm.engine.writers import Writer
@@ -154,14 +154,15 @@ def attribute(
         StreamError: a model whose residual stream is no sum of what its components write.
         SpanError: a span that the pairs do not have.
     """
-    _check(method, steps)
+    _check(method, target, steps)
     if method not in ("exact", "random"):
         check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
     wiring = wired(model, spans)
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
-    for parts in contrasts(model, pairs, wiring, metric, target, batch_size):
+    runs = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    for parts in contrasts(model, pairs, wiring, metric, target, batch_size, **runs):
         if method == "random":
             shape = (len(parts[0].indices), len(wiring.graph))
             rows.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
@@ -187,9 +188,11 @@ def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
     return wired(model, spans).graph
 
 
-def _check(method: str, steps: int) -> None:
+def _check(method: str, target: str, steps: int) -> None:
     if method not in get_args(Method):
         raise ValueError(f"unknown method {method!r}; use {', '.join(get_args(Method))}")
+    if method == "clean-corrupt" and target != "corrupt":
+        raise ValueError(f"no prompt gives the target {target!r}; use eap or eap-ig-inputs")
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated gradients need at least one")
 
@@ -197,7 +200,8 @@ def _check(method: str, steps: int) -> None:
 def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:
     clean = sum((part.clean.metric for part in parts), torch.zeros(()))
     nothing = torch.full_like(parts[0].clean.metric, torch.nan)
-    reference = sum((nothing if p.metric is None else p.metric for p in parts), torch.zeros(()))
+    found = (part.reference.metric if part.paired else nothing for part in parts)
+    reference = sum(found, torch.zeros(()))
     return clean.float().cpu(), reference.float().cpu()
 
 
@@ -206,23 +210,31 @@ def _scores(contrast: Contrast, method: Method, steps: int) -> Float[Tensor, "ex
         return _exact(contrast)
     if method == "eap-ig-activations":
         return _by_layer(contrast, steps)
-    ways = {
-        "eap": [0.0 if contrast.metric is not None else 1.0],
-        "clean-corrupt": [0.0, 1.0],
-        "eap-ig-inputs": [k / steps for k in range(1, steps + 1)],
-    }
     readers = [Reader(contrast.model, group) for group in contrast.wiring.readers]
-    inputs = [g for g in contrast.wiring.writers if g.kind == "input"]
-    for way in ways[method]:
-        _add(contrast, readers, _towards(contrast, inputs, way))
+    for flow in (contrast.clean, contrast.reference):
+        if flow.slopes:
+            _take(readers, flow)
+    inputs = [group for group in contrast.wiring.writers if group.kind == "input"]
+    for k in range(1, steps) if method == "eap-ig-inputs" else ():
+        _add(contrast, readers, _towards(contrast, inputs, k / steps))
     return _products(contrast, readers)
+
+
+def _sloped(method: Method, target: Target) -> tuple[str, ...]:
+    """Runs whose slopes a method takes as they are."""
+    at_reference = "corrupt" if target == "corrupt" else "clean"
+    ways = {"eap": (at_reference,), "clean-corrupt": ("clean", "corrupt")}
+    return {**ways, "eap-ig-inputs": ("clean",)}.get(method, ())
 
 
 def _add(contrast: Contrast, readers: Sequence[Reader], edits: Sequence[Edit]) -> None:
     """One more run with gradients."""
     _, at, normed = hooks_of(contrast.model, contrast.wiring)
-    part = contrast.clean_part if contrast.metric is None else contrast.corrupt_part
-    flow = slopes(contrast.model, part, contrast.answers, at, normed, edits)
+    part = contrast.corrupt_part if contrast.paired else contrast.clean_part
+    _take(readers, slopes(contrast.model, part, contrast.answers, at, normed, edits))
+
+
+def _take(readers: Sequence[Reader], flow: Flow) -> None:
     for reader in readers:
         if reader.ran(flow):
             reader.add(flow)
@@ -232,9 +244,8 @@ def _products(
     contrast: Contrast, readers: Sequence[Reader], group: Group | None = None
 ) -> Float[Tensor, "example edge"]:
     """Scores of all edges, or of those out of one group of writers."""
-    both = (contrast.clean.values, contrast.reference)
     writers = [w for w in contrast.writers if group in (None, w.group)]
-    return edge_scores(contrast.wiring, writers, readers, *both, contrast.places)
+    return edge_scores(contrast.wiring, writers, readers, *contrast.changes(), contrast.places)
 
 
 def _by_layer(contrast: Contrast, steps: int) -> Float[Tensor, "example edge"]:
@@ -250,8 +261,6 @@ def _by_layer(contrast: Contrast, steps: int) -> Float[Tensor, "example edge"]:
 
 def _towards(contrast: Contrast, groups: Sequence[Group], way: float) -> list[Edit]:
     """Edits that set what some writers write a part of the way from the reference to clean."""
-    if way == 0 and contrast.metric is not None:
-        return []
     writers = [writer for writer in contrast.writers if writer.group in groups]
     hooks = [(writer.hooks[0], writer) for writer in writers]
     states = [g for g in contrast.wiring.readers if g.kind == "states"]
@@ -263,7 +272,7 @@ def _towards(contrast: Contrast, groups: Sequence[Group], way: float) -> list[Ed
 def _moved(
     contrast: Contrast, writer: Writer | None, way: float, value: Tensor, hook: Any
 ) -> Tensor:
-    reference, clean = contrast.reference[hook.name], contrast.clean.values[hook.name]
+    clean, reference = (values[hook.name] for values in contrast.changes())
     new = reference + way * (clean - reference)
     return new if writer is None else torch.where(writer.own(value), new, value)
 

@@ -180,7 +180,7 @@ def run_circuits(
     wiring = wired(model, [span for span in graph.spans[:-1]])
     columns = []
     every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
-    for parts in contrasts(model, pairs, wiring, metric, target, batch_size):
+    for parts in contrasts(model, pairs, wiring, metric, target, batch_size, streams=True):
         splices = [part.splice() for part in parts]
         found = [sum(splice.run(masks) for splice in splices) for masks in _masks(graph, every)]
         columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]

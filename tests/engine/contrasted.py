@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from mechmm.data.metrics import Answers, Reading, logit_diff, readings
-from mechmm.engine.contrast import Contrast, names_of
+from mechmm.engine.contrast import Contrast, streams_of
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.flow import Edit, hooks_of, slopes, slopes_at, stem, values
 from mechmm.engine.readers import Reader
@@ -81,9 +81,10 @@ class Contrasted:
 
     @cached_property
     def contrast(self) -> Contrast:
-        names = names_of(self.model, self.wiring)
+        written = hooks_of(self.model, self.wiring)[0]
+        names = list(dict.fromkeys([*written, *streams_of(self.model, self.wiring)]))
         clean, corrupt = (values(self.model, p, self.answers, names) for p in self.parts)
-        rest = (self.answers, clean, corrupt.values, corrupt.metric, (0, 1))
+        rest = (self.answers, clean, corrupt, (0, 1))
         return Contrast(self.model, self.wiring, *self.parts, *rest)
 
     def scores(self) -> Tensor:
@@ -95,8 +96,9 @@ class Contrasted:
             if reader.ran(flow):
                 reader.add(flow)
         contrast = self.contrast
-        both = (contrast.clean.values, contrast.reference)
-        return edge_scores(self.wiring, contrast.writers, readers, *both, contrast.places)
+        return edge_scores(
+            self.wiring, contrast.writers, readers, *contrast.changes(), contrast.places
+        )
 
     def brute(self) -> Tensor:
         """Edge scores by brute force, summed over examples [edge]; NaN for keys and values of
@@ -120,14 +122,14 @@ class Contrasted:
         contrast = self.contrast
         seen = [w for w in contrast.writers if w.group in self.wiring.before(number)]
         at = grid(contrast.clean.values[seen[0].hooks[0]])
-        both = (contrast.clean.values, contrast.reference, at)
+        both = (*contrast.changes(), at)
         changes = torch.cat([writer.change(*both) for writer in seen])
         return torch.einsum("ur,upd->rpd", factor, changes)
 
     def _edits(self, group: Group, shift: Callable[[], Tensor]) -> list[Edit]:
         hooks = [h for h in slopes_at(self.model, group) if h in self.model.hook_dict]
         entered = f"{stem(self.model, group)}.hook_resid_pre"
-        stream = self.contrast.reference.get(entered)
+        stream = self.contrast.reference.values.get(entered)
         if group.kind in ("heads", "queries"):
             reader = Reader(self.model, group)
             return [

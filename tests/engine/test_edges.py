@@ -35,7 +35,7 @@ def test_scores_are_gradient_times_difference(case):
 
 def test_with_all_edges_the_clean_run_and_with_none_the_corrupt_one(case):
     splice, blocks = case.contrast.splice(), case.wiring.graph.blocks
-    clean, corrupt = case.contrast.clean.metric, case.contrast.metric
+    clean, corrupt = case.contrast.clean.metric, case.contrast.reference.metric
     scale = (clean - corrupt).abs().max()
     assert (splice.run([torch.ones(b.shape) for b in blocks]) - clean).abs().max() < 1e-4 * scale
     assert (splice.run([torch.zeros(b.shape) for b in blocks]) - corrupt).abs().max() < 1e-4 * scale
