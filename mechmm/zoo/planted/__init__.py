@@ -10,10 +10,10 @@ Each model is a LLaVA in Hugging Face format (CLIP vision tower, projector, Llam
 compiled from a program: some heads and MLPs of every model compute the answer, all others read the
 same streams, write noise as long as what the circuit writes, and do not reach it. An edge is true
 where it carries something that the answer depends on and that differs between the prompts of some
-pairs; an edge that carries the same in both prompts of every pair (where a cell is) is not, although
-the model would fail without it.
+pairs; an edge that carries the same in both prompts of every pair (where a cell is) is not,
+although the model would fail without it.
 """
 
-from mechmm.zoo.planted.planted import TASKS, Planted, build
+from mechmm.zoo.planted.models import TASKS, Planted, build
 
 __all__ = ["TASKS", "Planted", "build"]

@@ -22,7 +22,14 @@ from transformers import (
 )
 
 from mechmm.zoo.planted.pictures import (
-    COLORS, MEASURES, PATCH, PIXELS, SHAPES, SIDE, Scene, decoder,
+    COLORS,
+    MEASURES,
+    PATCH,
+    PIXELS,
+    SHAPES,
+    SIDE,
+    Scene,
+    decoder,
 )
 from mechmm.zoo.planted.program import (
     ONE,
@@ -271,7 +278,9 @@ def _hush(linear: nn.Linear, space: Space, levels: Sequence[float]) -> Any:
     noise = torch.from_numpy(space.noise).float()
 
     def scale(module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        parts = zip(args[0].chunk(len(levels), -1), linear.weight.chunk(len(levels), 1), levels)
+        parts = zip(
+            args[0].chunk(len(levels), -1), linear.weight.chunk(len(levels), 1), levels, strict=True
+        )
         for value, weight, level in parts:
             loud = noise.T @ (noise @ weight)
             length = (value @ loud.T).norm(dim=-1).mean()

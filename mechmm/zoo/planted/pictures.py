@@ -107,4 +107,7 @@ def decoder() -> tuple[np.ndarray, np.ndarray]:
     return kernel, -dark * kernel.sum((1, 2, 3))
 
 
-MEASURES = (*(f"pixels.{name}" for name in ("red", "green", "blue")), *(f"pixels.{s}" for s in SHAPES))
+MEASURES = (
+    *(f"pixels.{name}" for name in ("red", "green", "blue")),
+    *(f"pixels.{s}" for s in SHAPES),
+)

@@ -8,11 +8,13 @@ import numpy as np
 
 from mechmm.zoo.planted.program import ONE, Terms
 
-STEADY = 40.0
+STEADY = 160.0
 """Length of the component that every position has along `one`. It is long beside everything else,
 so that norms divide by almost the same number whatever the rest of the stream is."""
-REST = 16.0
+REST = 40.0
 """What the rest of a stream adds to its squared length, about."""
+CONTENT = 3.0
+"""Length of what is not along `one` and varies, about."""
 
 
 class Space:
@@ -72,7 +74,7 @@ class Space:
         others = np.delete(self.task, self.index[ONE], axis=0)
         directions = np.concatenate([others, self.noise])
         drawn = random.standard_normal((rows, len(directions)))
-        return drawn @ directions / np.sqrt(REST / 2)
+        return drawn @ directions / CONTENT
 
     def babble(self, columns: int, random: np.random.Generator) -> np.ndarray:
         """Random writers [width, columns] into the noise directions."""

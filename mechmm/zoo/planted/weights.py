@@ -67,7 +67,9 @@ def head_weights(
     value = [space.read(move.value) for move in moves]
     out = [space.write(move.out) for move in moves]
     left = size - len(moves)
-    values = np.concatenate([np.array(value).reshape(-1, space.width), space.scramble(left, random)])
+    values = np.concatenate(
+        [np.array(value).reshape(-1, space.width), space.scramble(left, random)]
+    )
     outs = np.concatenate([np.array(out).reshape(-1, space.width), space.babble(left, random).T])
     turn = rotation(size, random)
     return HeadWeights(query, key, turn @ values, outs.T @ turn.T)
@@ -138,7 +140,9 @@ def mlp_weights(
             gate.append(STEEPNESS * (when - edge * source.read({ONE: 1.0})))
             down.append(sign * then)
     left = size - len(gate)
-    gates = np.concatenate([np.array(gate).reshape(-1, source.width), source.scramble(left, random)])
+    gates = np.concatenate(
+        [np.array(gate).reshape(-1, source.width), source.scramble(left, random)]
+    )
     ones = np.tile(source.read({ONE: 1.0}), (len(gate), 1))
     ups = np.concatenate([ones, source.scramble(left, random)])
     downs = np.concatenate(
@@ -148,4 +152,3 @@ def mlp_weights(
     spread = 0.3 if gated else 0.0
     order, scale = random.permutation(size), np.exp(random.normal(0, spread, size))[:, None]
     return MlpWeights(gates[order], (ups * scale)[order], (downs / scale)[order].T)
-

@@ -14,7 +14,7 @@ from mechmm.data.pairs import Pair, PairDataset, Prompt
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.zoo.planted.compiler import compile_program
 from mechmm.zoo.planted.tasks import TASKS as _TASKS
-from mechmm.zoo.planted.tasks import Case, Task
+from mechmm.zoo.planted.tasks.task import Case, Task
 from mechmm.zoo.planted.words import build_processor
 
 TASKS = tuple(_TASKS)
@@ -65,7 +65,9 @@ class Planted:
         random = np.random.default_rng([zlib.crc32(self.name.encode()), seed])
         task = _TASKS[self.name]
         kinds = list(task.changes)
-        return PairDataset([_pair(task, kinds[i % len(kinds)], random) for i in range(n)], self.model)
+        return PairDataset(
+            [_pair(task, kinds[i % len(kinds)], random) for i in range(n)], self.model
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write the model and its processor in Hugging Face format, and `truth.json`."""
