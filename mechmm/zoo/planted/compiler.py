@@ -76,7 +76,8 @@ def compile_program(program: Program, random: np.random.Generator) -> Compiled:
     vision = place(program.vision, VISION_LAYERS - 1, VISION_HEADS, random)
     language = place(program.language, LAYERS, HEADS, random)
     seen, said = _spaces(program, random)
-    model: Any = LlavaForConditionalGeneration._from_config(_config()).eval()
+    with torch.random.fork_rng(devices=[]):
+        model: Any = LlavaForConditionalGeneration._from_config(_config()).eval()
     maker = _Maker(random, program, {vision[s.name]: s for s in program.vision}, seen)
     speaker = _Maker(random, program, {language[s.name]: s for s in program.language}, said)
     with torch.no_grad():
