@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 
 import numpy as np
@@ -66,7 +67,7 @@ class Ablation:
 @pytest.mark.parametrize("task", planted.TASKS)
 def test_it_answers_by_its_circuit_alone(task, seed):
     made = build(task, seed)
-    answers = made.pairs(24, seed=2).check()
+    answers = made.pairs(16, seed=2).check()
     assert answers["clean_right"].all()
     assert answers["flips"].all()
     run = Ablation(made, N)
@@ -79,7 +80,7 @@ def test_it_answers_by_its_circuit_alone(task, seed):
 def check_single_edges(task: str, seed: int, false_edges: int | None) -> None:
     """Every true edge is necessary in pairs of some kind, no other one in any pair."""
     made = build(task, seed)
-    run = Ablation(made, 12)
+    run = Ablation(made, 8)
     false = [edge for edge in run.reference.edges if edge not in made.edges]
     if false_edges is not None:
         chosen = np.random.default_rng(seed).permutation(len(false))[:false_edges]
@@ -96,7 +97,7 @@ def check_single_edges(task: str, seed: int, false_edges: int | None) -> None:
 
 @pytest.mark.parametrize("task", planted.TASKS)
 def test_single_edges(task):
-    check_single_edges(task, seed=0, false_edges=30)
+    check_single_edges(task, seed=0, false_edges=24)
 
 
 @pytest.mark.slow
@@ -115,8 +116,7 @@ def test_every_part_is_there(task):
     assert sees <= nodes if task != "copy_from_text" else not sees & nodes
     asking = {node for role, node in made.roles.items() if role.startswith("ask")}
     assert asking <= nodes
-    queries = {edge.split("->")[0] for edge in made.edges if edge.endswith("<q>")}
-    assert queries
+    assert any(edge.endswith("<q>") for edge in made.edges)
     assert any(edge.endswith("->logits") and edge.startswith("m") for edge in made.edges)
 
 
@@ -127,12 +127,12 @@ def test_noise_is_as_long_as_the_circuit_and_answers_to_the_pair():
     for tower in ("vision.", ""):
         length, change = {}, {}
         for name, value in values.items():
-            if name.removeprefix(tower)[0] in "am" and name.count("vision.") == len(tower) // 7:
+            if re.fullmatch(re.escape(tower) + r"(a\d+\.h\d+|m\d+)", name):
                 length[name] = value.norm(dim=-1).mean()
                 change[name] = (value - run.other[name]).norm(dim=-1).mean()
         noise = [name for name in length if name not in circuit]
         usual = torch.stack([length[name] for name in length if name in circuit]).mean()
-        assert len(noise) > 4 * (len(length) - len(noise)) if not tower else len(noise) > 8
+        assert len(noise) > 2 * (len(length) - len(noise))
         for name in noise:
             assert usual / 3 < length[name] < 3 * usual
             assert change[name] > 0.01 * usual
