@@ -54,15 +54,20 @@ class Space:
 
     def write(self, terms: Terms) -> np.ndarray:
         """The vector [width] that holds some symbols."""
-        scale = {symbol: STEADY if symbol == ONE else 1.0 for symbol in terms}
-        parts = [self.task[self.index[s]] * (scale[s] * c) for s, c in terms.items()]
-        return np.sum(parts, axis=0) if parts else np.zeros(self.width)
+        return self._sum(terms, STEADY)
 
     def read(self, terms: Terms) -> np.ndarray:
         """The vector [width] whose product with a stream is the value of the terms."""
-        scale = {symbol: 1 / STEADY if symbol == ONE else 1.0 for symbol in terms}
-        parts = [self.task[self.index[s]] * (scale[s] * c) for s, c in terms.items()]
-        return np.sum(parts, axis=0) if parts else np.zeros(self.width)
+        return self._sum(terms, 1 / STEADY)
+
+    def _sum(self, terms: Terms, steady: float) -> np.ndarray:
+        """Directions times coefficients, that of `one` times `steady`."""
+        total = np.zeros(self.width)
+        for symbol, coefficient in terms.items():
+            total += (
+                coefficient * (steady if symbol == ONE else 1.0) * self.task[self.index[symbol]]
+            )
+        return total
 
     @property
     def gain(self) -> float:
