@@ -40,11 +40,11 @@ class Contrasted:
 
     family: str
     spans: tuple[str, ...] = ()
-    dtype: torch.dtype = torch.float32
+    options: tuple[tuple[str, Any], ...] = ()
 
     @cached_property
     def model(self) -> HookedMultimodal:
-        return HookedMultimodal.from_hf(tiny_hf(self.family, dtype=self.dtype))
+        return HookedMultimodal.from_hf(tiny_hf(self.family, **dict(self.options)))
 
     @cached_property
     def wiring(self) -> Wiring:

@@ -12,6 +12,7 @@ from mechmm.engine.wiring import StreamError, wired
 from mechmm.model.families import FAMILIES
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.testing import RECIPES, tiny_hf
+from mechmm.testing.edges import EdgeReference
 
 ANSWERING = [
     family
@@ -88,3 +89,21 @@ def test_cutting_every_span_of_an_edge_is_cutting_the_edge(family):
 def test_a_normed_stream_is_refused(family):
     with pytest.raises(StreamError, match=r"norms its residual stream.*mm\.patch"):
         wired(HookedMultimodal.from_hf(tiny_hf(family)))
+
+
+@pytest.mark.parametrize("options", [{}, {"key_value_heads": 2}, {"vision_feature_layer": -2}])
+def test_any_edges_cut_are_as_in_the_plain_reference(options):
+    """The reference walks the weights in float64 and shares nothing with the engine."""
+    case = Contrasted("llava", options=tuple(options.items()))
+    reference, graph = EdgeReference(case.model.hf_model), case.wiring.graph
+    assert set(graph.names()) == set(reference.edges)
+    clean, corrupt = (dict(batch.inputs) for batch in case.batches)
+    other, splice = reference.values(corrupt), case.contrast.splice()
+    random = np.random.default_rng(0)
+    for share in (0.05, 0.5, 0.9):
+        keep = random.random(len(graph)) < share
+        on = set(graph.names(np.flatnonzero(keep)))
+        logits = reference.logits(clean, on, other)
+        masks = [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
+        wanted = (logits[:, 7] - logits[:, 11]).float()
+        assert torch.allclose(splice.run(masks), wanted, atol=1e-4)
