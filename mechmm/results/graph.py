@@ -32,6 +32,8 @@ WRITERS = ("input", "projector", "head", "attn", "mlp", "deepstack")
 """Kinds of writers; `attn` is a mixing layer without heads."""
 READERS = ("q", "k", "v", "attn", "mlp", "projector", "deepstack", "logits")
 """Kinds of readers."""
+STAYS = ("q", "mlp", "logits")
+"""Kinds of readers whose component writes at the position that they read; others move."""
 REST = "rest"
 """The span of positions that no other covers."""
 COLUMNS = ("name", "tower", "kind", "layer", "head")
@@ -264,7 +266,7 @@ class Graph:
 
     def _through(self, reader: int, spans: Bool[np.ndarray, " span"]) -> Bool[np.ndarray, " span"]:
         """Spans at the other end of a link: attention and projectors move between positions."""
-        stays = self.readers["kind"].iat[reader] in ("q", "mlp", "logits")
+        stays = self.readers["kind"].iat[reader] in STAYS
         return spans if stays else np.full_like(spans, spans.any())
 
 
