@@ -122,7 +122,7 @@ class Faithfulness(Result):
         return (
             f"{len(self.circuits) - random} circuits and {random} random ones of the same sizes, "
             f"{self.values.shape[1]} pairs; {self.metric} is {full:.2f} with all edges and "
-            f"{empty:.2f} with none ({self.target}). A faithfulness of 1 is that of the whole model."
+            f"{empty:.2f} with none ({self.target}). The whole model has a faithfulness of 1."
         )
 
     def _lines(self) -> Figure:
@@ -156,13 +156,14 @@ class Faithfulness(Result):
             edges = round(row.fraction * own["edges"].iat[0] / own["fraction"].iat[0])
             rows.append((f"random, {edges} edges", row.faithfulness, row.low, row.high))
         names, value, low, high = zip(*rows, strict=True)
+        ends = null.quantile([0.025, 0.975]).round(6)  # less is rounding error of the model
         return plots.bars(
             names,
             value,
             low,
             high,
             f"faithfulness: {self.metric}, {self.target}",
-            null=(float(null.quantile(0.025)), float(null.quantile(0.975))) if len(null) else None,
+            null=(float(ends.iat[0]), float(ends.iat[1])) if len(null) else None,
             value_title="faithfulness",
             null_title="random circuits",
         )

@@ -50,7 +50,7 @@ def curves(
     log = {"type": "log", "range": ends, "tickvals": ticks, "ticktext": texts}
     figure.update_xaxes(title=label(x_title), gridcolor=_GRID, **log)
     figure.update_yaxes(title=label(y_title), gridcolor=_GRID, zeroline=False)
-    where = {"orientation": "h", "x": 64 / 860, "y": 1, "yanchor": "bottom"}
+    where = {"orientation": "h", "x": 64 / 860, "y": 1, "yanchor": "top"}
     return figure.update_layout(legend=where, showlegend=True)
 
 

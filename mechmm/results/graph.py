@@ -171,7 +171,8 @@ class Graph:
         """Names of some edges (default: all): `a0.h1->m2`, with spans `a0.h1->m2 @ image`."""
         at = slice(None) if edges is None else edges
         writers, readers = self.writers["name"].to_numpy(), self.readers["name"].to_numpy()
-        ends = zip(writers[self.src[at]], readers[self.dst[at]], self.span[at], strict=True)
+        spans = self.span[at].tolist()
+        ends = zip(writers[self.src[at]], readers[self.dst[at]], spans, strict=True)
         return [f"{a}->{b}{self._at(span)}" for a, b, span in ends]
 
     def _at(self, span: int) -> str:
