@@ -20,7 +20,8 @@ A positive score supports the clean answer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
@@ -29,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff
@@ -41,11 +43,16 @@ from mechmm.engine.readers import Reader
 from mechmm.engine.wiring import Group, wired
 from mechmm.engine.writers import Writer
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.results import plots
 from mechmm.results.circuit import Circuit, chosen_edges
 from mechmm.results.graph import Graph
+from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
+from mechmm.results.statistics import bootstrap_interval
 
 Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random"]
+SHOWN = 30
+"""Edges that are shown as bars."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +130,51 @@ class Attribution(Result):
                 "std": spread[order],
             }
         )
+
+    # Figures ---------------------------------------------------------------------------------
+
+    def plot(self) -> dict[str, Figure]:
+        """Figures by name: the strongest `edges`, and the `mass` of scores by tower, layer and
+        kind of what writes."""
+        return {"edges": self._bars(), "mass": self._mass()}
+
+    def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
+        """A report: the figures, and a table of the strongest edges."""
+        contents = [*self.plot().values(), self.to_dataframe().head(SHOWN)]
+        return Page(title, self.summary(), [Section("Edges", contents)], facts or {})
+
+    def summary(self) -> str:
+        """What was scored, and the metric of both runs, in words."""
+        clean, reference = float(self.clean.mean()), float(self.reference.mean())
+        other = "" if math.isnan(reference) else f" and {reference:.2f} on the reference"
+        return (
+            f"{len(self.graph)} edges, {len(self.clean)} pairs, {self.method}; {self.metric} is "
+            f"{clean:.2f} on the clean prompts{other} ({self.target}). A positive score supports "
+            "the clean answer."
+        )
+
+    def _bars(self) -> Figure:
+        order = np.argsort(-np.abs(self.mean()), kind="stable")[:SHOWN]
+        low, high = bootstrap_interval(self.scores[:, order].T)
+        title = f"strongest edges of {len(self.graph)}: {self.method}, {self.metric}"
+        names = self.graph.names(order)
+        return plots.bars(names, self.mean()[order], low, high, title, value_title="score")
+
+    def _mass(self) -> Figure:
+        """Layers x kinds of what writes, a map per tower: its share of the sum of |score|."""
+        graph, size = self.graph, np.abs(self.mean())
+        sums = np.bincount(graph.src, size, minlength=len(graph.writers))
+        table = graph.writers.assign(share=sums / max(size.sum(), np.finfo(float).tiny))
+        maps = {}
+        for tower, group in table.groupby("tower", sort=False):
+            wide = group.pivot_table(
+                index="layer", columns="kind", values="share", aggfunc="sum", sort=False
+            ).sort_index(ascending=False)
+            rows = ["in" if layer < 0 else str(layer) for layer in wide.index]
+            maps[str(tower)] = (wide.to_numpy(float), rows, [str(kind) for kind in wide.columns])
+        title = f"share of all |score|, by what writes: {self.method}, {self.metric}"
+        n = len(self.clean)
+        return plots.tower_maps(maps, title, x_title="writer", value_title="share", n=n)
 
 
 def attribute(

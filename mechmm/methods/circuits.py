@@ -16,14 +16,15 @@ Wang et al. 2211.00593.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff
@@ -32,8 +33,10 @@ from mechmm.engine.contrast import Target, contrasts
 from mechmm.engine.wiring import wired
 from mechmm.methods.attribution import Attribution
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.results import plots
 from mechmm.results.circuit import Circuit
 from mechmm.results.graph import Graph
+from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 
@@ -78,10 +81,16 @@ class Faithfulness(Result):
         return table
 
     def curve(self, null: bool = False) -> pd.DataFrame:
-        """f by share of edges, of the circuits or the mean of the random ones."""
-        table = self.to_dataframe()
-        table = table[table["null"] == null]
-        return table.groupby("fraction", as_index=False)["faithfulness"].mean()
+        """f by share of edges, of the circuits or the mean of the random ones, with its 95 %
+        interval over examples."""
+        table = self.circuits[self.circuits["null"] == null].reset_index()
+        groups = [(share, group["index"].tolist()) for share, group in table.groupby("fraction")]
+        values = [self.values[rows].mean(0) for _, rows in groups]
+        means = replace(self, values=torch.stack(values)) if values else None
+        found = (means.faithfulness().numpy(), *means.interval()) if means else ((), (), ())
+        columns = ("faithfulness", "low", "high")
+        shares = {"fraction": [share for share, _ in groups]}
+        return pd.DataFrame(shares | dict(zip(columns, found, strict=True)), dtype=float)
 
     def cpr(self, null: bool = False) -> float:
         """Area under f over the share of edges."""
@@ -92,6 +101,72 @@ class Faithfulness(Result):
         """Area under |1 - f| over the share of edges."""
         table = self.curve(null)
         return _area(table["fraction"], (1 - table["faithfulness"]).abs())
+
+    # Figures ---------------------------------------------------------------------------------
+
+    def plot(self) -> dict[str, Figure]:
+        """Figures by name: `curve` where circuits have three sizes or more, else `bars`; both
+        beside random circuits of the same sizes."""
+        sizes = self.circuits.loc[~self.circuits["null"], "fraction"].nunique()
+        return {"curve": self._lines()} if sizes > 2 else {"bars": self._bars()}
+
+    def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
+        """A report: the figure, and a table of all circuits."""
+        contents = [*self.plot().values(), self.to_dataframe()]
+        return Page(title, self.summary(), [Section("Faithfulness", contents)], facts or {})
+
+    def summary(self) -> str:
+        """What was run, and the metric with all edges and with none, in words."""
+        random = int(self.circuits["null"].sum())
+        full, empty = float(self.full.mean()), float(self.empty.mean())
+        return (
+            f"{len(self.circuits) - random} circuits and {random} random ones of the same sizes, "
+            f"{self.values.shape[1]} pairs; {self.metric} is {full:.2f} with all edges and "
+            f"{empty:.2f} with none ({self.target}). The whole model has a faithfulness of 1."
+        )
+
+    def _lines(self) -> Figure:
+        names = {"fraction": "share", "faithfulness": "value"}
+        found = {"circuits": self.curve()} | (
+            {"random circuits": self.curve(null=True)} if self.circuits["null"].any() else {}
+        )
+        areas = [
+            f"{name.upper()} {getattr(self, name)():.2f}"
+            + (f" (random {getattr(self, name)(null=True):.2f})" if len(found) > 1 else "")
+            for name in ("cpr", "cmd")
+        ]
+        return plots.curves(
+            {name: table.rename(columns=names) for name, table in found.items()},
+            f"faithfulness: {', '.join(areas)}",
+            f"{self.metric}, {self.target}; 95 % intervals over {self.values.shape[1]} examples",
+            x_title="share of edges kept",
+            y_title="faithfulness",
+            null="random circuits",
+        )
+
+    def _bars(self) -> Figure:
+        """Circuits, then the random ones of every size, over the range of all random ones."""
+        table = self.to_dataframe()
+        own, null = table[~table["null"]], table.loc[table["null"], "faithfulness"]
+        rows = [
+            (f"{row.name}, {row.edges} edges", row.faithfulness, row.low, row.high)
+            for row in own.drop(columns="null").itertuples(index=False, name="Row")
+        ]
+        for row in self.curve(null=True).itertuples(index=False, name="Row"):
+            edges = round(row.fraction * own["edges"].iat[0] / own["fraction"].iat[0])
+            rows.append((f"random, {edges} edges", row.faithfulness, row.low, row.high))
+        names, value, low, high = zip(*rows, strict=True)
+        ends = null.quantile([0.025, 0.975]).round(6)  # less is rounding error of the model
+        return plots.bars(
+            names,
+            value,
+            low,
+            high,
+            f"faithfulness: {self.metric}, {self.target}",
+            null=(float(ends.iat[0]), float(ends.iat[1])) if len(null) else None,
+            value_title="faithfulness",
+            null_title="random circuits",
+        )
 
 
 def _area(x: pd.Series, y: pd.Series) -> float:

@@ -12,7 +12,10 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from PIL import Image
+from plotly.graph_objects import Figure
 
+from mechmm.results.drawing import drawn
 from mechmm.results.graph import Graph
 from mechmm.results.result import Result
 
@@ -134,6 +137,25 @@ class Circuit(Result):
 
     def _with(self, keep: np.ndarray) -> Circuit:
         return Circuit(self.graph, keep, self.scores)
+
+    def plot(
+        self,
+        picture: Image.Image | None = None,
+        grid: tuple[int, ...] = (),
+        title: str = "Circuit",
+    ) -> Figure:
+        """The circuit from picture to answer: towers from left to right, layers as columns, a lane
+        per span. Width and opacity of an edge tell |score|, blue supports the answer, red opposes
+        it; names and scores are shown on hover.
+
+        Args:
+            picture: shown at the left.
+            grid: (rows, columns) of its patches.
+
+        Raises:
+            ValueError: no edges, or more than can be told apart.
+        """
+        return drawn(self.graph, self.keep, self.scores, picture, grid, title)
 
     # Exports ---------------------------------------------------------------------------------
 

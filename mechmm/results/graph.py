@@ -32,6 +32,8 @@ WRITERS = ("input", "projector", "head", "attn", "mlp", "deepstack")
 """Kinds of writers; `attn` is a mixing layer without heads."""
 READERS = ("q", "k", "v", "attn", "mlp", "projector", "deepstack", "logits")
 """Kinds of readers."""
+STAYS = ("q", "mlp", "logits")
+"""Kinds of readers whose component writes at the position that they read; others move."""
 REST = "rest"
 """The span of positions that no other covers."""
 COLUMNS = ("name", "tower", "kind", "layer", "head")
@@ -169,7 +171,8 @@ class Graph:
         """Names of some edges (default: all): `a0.h1->m2`, with spans `a0.h1->m2 @ image`."""
         at = slice(None) if edges is None else edges
         writers, readers = self.writers["name"].to_numpy(), self.readers["name"].to_numpy()
-        ends = zip(writers[self.src[at]], readers[self.dst[at]], self.span[at], strict=True)
+        spans = self.span[at].tolist()
+        ends = zip(writers[self.src[at]], readers[self.dst[at]], spans, strict=True)
         return [f"{a}->{b}{self._at(span)}" for a, b, span in ends]
 
     def _at(self, span: int) -> str:
@@ -264,7 +267,7 @@ class Graph:
 
     def _through(self, reader: int, spans: Bool[np.ndarray, " span"]) -> Bool[np.ndarray, " span"]:
         """Spans at the other end of a link: attention and projectors move between positions."""
-        stays = self.readers["kind"].iat[reader] in ("q", "mlp", "logits")
+        stays = self.readers["kind"].iat[reader] in STAYS
         return spans if stays else np.full_like(spans, spans.any())
 
 
