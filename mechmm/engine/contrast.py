@@ -125,7 +125,7 @@ def contrasts(
 
     Args:
         sloped: `"clean"`, `"corrupt"`: runs whose slopes are wanted.
-        streams: whether the streams of the clean run are wanted, as `Contrast.splice` needs them.
+        streams: whether the streams of the corrupt run are wanted, as `Contrast.splice` does.
 
     Raises:
         ValueError: an unknown target.
@@ -159,7 +159,8 @@ class _Runs:
     def of(self, prompt: str, part: Part, answers: Answers) -> Flow:
         """One run."""
         written, at, normed = hooks_of(self.model, self.wiring)
-        also = [*written, *(streams_of(self.model, self.wiring) if self.streams else ())]
+        streams = self.streams and prompt == "corrupt"
+        also = [*written, *(streams_of(self.model, self.wiring) if streams else ())]
         if prompt not in self.sloped:
             return values(self.model, part, answers, list(dict.fromkeys(also)))
         also = list(dict.fromkeys([*also, *normed]))

@@ -43,8 +43,8 @@ class Splice:
     Attributes:
         part, answers: what runs, and how it is measured.
         writers: of all streams.
-        clean: values of the writers' hooks and of the streams in the clean run.
-        reference: values of the writers' hooks in the reference run.
+        clean: values of the writers' hooks in the clean run.
+        reference: the same in the reference run, and of the streams where it is a run.
         spans: by tower, the number of the span of every place [row, pos].
     """
 
@@ -71,14 +71,16 @@ class Splice:
 
     def _stream(self, number: int) -> Tensor | None:
         name = stream_at(self.model, self.wiring.readers[number])
-        if name is None or name not in self.clean:  # a tower that did not run
+        if name is not None and name in self.reference:
+            return self.reference[name].float()
+        groups = self.wiring.before(number)
+        writers = [writer for writer in self.writers if writer.group in groups]
+        if name is None or not writers:  # a tower that did not run
             return None
-        x = self.clean[name].float().clone()
-        groups, at = self.wiring.before(number), grid(x)
-        for writer in self.writers:
-            if writer.group in groups:
-                x -= writer.change(self.clean, self.reference, at).sum(0).view(x.shape)
-        return x
+        shape = self.clean[writers[0].hooks[0]].shape[:2]
+        at = grid(self.clean[writers[0].hooks[0]])
+        total = sum(writer.of(self.reference, at).sum(0) for writer in writers)
+        return total.unflatten(0, shape)  # type: ignore[union-attr]
 
 
 def grid(value: Tensor) -> At:

@@ -75,12 +75,12 @@ class Attribution(Result):
     target: str
     steps: int
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.graph, Graph):
-            object.__setattr__(self, "graph", Graph.of(self.graph))
-
     def _values(self) -> dict[str, Any]:
         return {**super()._values(), "graph": self.graph.plain()}
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Attribution:
+        return cls(**{**values, "graph": Graph.of(values["graph"])})
 
     def mean(self) -> Float[np.ndarray, " edge"]:
         """The mean score of every edge."""

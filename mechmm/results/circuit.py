@@ -35,8 +35,6 @@ class Circuit(Result):
     scores: Float[np.ndarray, " edge"]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.graph, Graph):
-            object.__setattr__(self, "graph", Graph.of(self.graph))
         if self.keep.shape != (len(self.graph),):
             raise ValueError(
                 f"a circuit of {self.graph} needs one true or false per edge, not an array of "
@@ -45,6 +43,10 @@ class Circuit(Result):
 
     def _values(self) -> dict[str, Any]:
         return {**super()._values(), "graph": self.graph.plain()}
+
+    @classmethod
+    def _from_values(cls, values: dict[str, Any]) -> Circuit:
+        return cls(**{**values, "graph": Graph.of(values["graph"])})
 
     @classmethod
     def named(cls, graph: Graph, edges: list[str] | tuple[str, ...]) -> Circuit:

@@ -82,7 +82,7 @@ class Result(ABC):
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
             raise ValueError(_damaged(folder, error)) from error
         _check_fields(kind, set(values), folder)
-        return kind(**values)
+        return kind._from_values(values)
 
     def equals(self, other: object) -> bool:
         """Whether the other result has the same class and the same values, bit for bit."""
@@ -91,6 +91,11 @@ class Result(ABC):
             and type(self) is type(other)
             and same(self._values(), other._values())
         )
+
+    @classmethod
+    def _from_values(cls: type[R], values: dict[str, Any]) -> R:
+        """The result with these values; undoes what a class changes in `_values`."""
+        return cls(**values)
 
     def _values(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

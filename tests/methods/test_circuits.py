@@ -10,6 +10,7 @@ import torch
 import mechmm as mm
 from mechmm.results.graph import EdgeError
 from mechmm.results.result import Result, concat
+from mechmm.testing import tiny_hf
 from mechmm.testing.edges import EdgeReference
 from mechmm.zoo import planted
 
@@ -228,23 +229,17 @@ def test_bad_circuits_are_refused(made, pairs, scores, truth):
         scores.circuit(fraction=1.5)
     with pytest.raises(ValueError, match="the circuit is empty"):
         mm.faithfulness(made.model, pairs, truth - truth)
+    loose = mm.Circuit.named(truth.graph, ["vision.input->projector"]).pruned()
     with pytest.raises(ValueError, match="no edge of it lies on a way"):
-        loose = mm.Circuit.named(truth.graph, ["vision.input->projector"])
-        mm.faithfulness(made.model, pairs, loose.pruned())
+        mm.faithfulness(made.model, pairs, loose)
+    other = mm.HookedMultimodal.from_hf(tiny_hf("llava"))
     with pytest.raises(ValueError, match="the circuit is of"):
-        model = mm.HookedMultimodal.from_hf(mm_tiny())
-        mm.faithfulness(model, pairs, truth)
+        mm.faithfulness(other, pairs, truth)
     with pytest.raises(ValueError, match="different graphs"):
-        truth | some(mm.HookedMultimodal.from_hf(mm_tiny()))
-    with pytest.raises(EdgeError, match="no writer 'a9.h9'; nearest"):
+        truth | some(other)
+    with pytest.raises(EdgeError, match=r"no writer 'a9.h9'; nearest"):
         mm.Circuit.named(truth.graph, ["a9.h9->logits"])
     with pytest.raises(EdgeError, match="does not write into what"):
         mm.Circuit.named(truth.graph, ["m3->a0.h0<q>"])
     with pytest.raises(EdgeError, match="is no edge; write it as"):
         mm.Circuit.named(truth.graph, ["a0.h0"])
-
-
-def mm_tiny():
-    from mechmm.testing import tiny_hf
-
-    return tiny_hf("llava")
