@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from mechmm.engine.places import Entry, Ints
+from mechmm.engine.plain import Parts
 from mechmm.engine.trials import Trials
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -28,6 +29,9 @@ class Blocks:
     Attributes:
         whole: all of them; attn: those of attention; queries: those of queries, keys and values;
             keys: those of keys and values; heads: query heads times their size.
+        once: those of projections that run once for all positions that enter unchanged.
+        values, mixed: those of values, and query heads times the size of the stream, where the
+            block runs as a sum (`engine.plain`), else 0.
     """
 
     whole: Ints
@@ -35,18 +39,25 @@ class Blocks:
     queries: Ints
     keys: Ints
     heads: Ints
+    once: Ints
+    values: Ints
+    mixed: Ints
 
     @classmethod
     def of(cls, tower: Tower) -> Blocks:
         """Of the modules as they are."""
         layers = range(len(tower.blocks))
         attn = [tower.part(i, "attn", "") for i in layers]
+        sums = [tower.name == LANGUAGE and Parts.of(tower, i) is not None for i in layers]
         columns = (
             [weights(block) for block in tower.blocks],
             [0 if module is None else weights(module) for module in attn],
             [_linears(tower, i, ("q", "k", "v", "qkv")) for i in layers],
             [_linears(tower, i, ("k", "v", "qkv")) for i in layers],
             [tower.heads(i) * tower.d_head(i) for i in layers],
+            [_linears(tower, i, ("q",) if sums[i] else ("q", "k", "v", "qkv")) for i in layers],
+            [_linears(tower, i, ("v",)) * sums[i] for i in layers],
+            [tower.heads(i) * tower.cfg.d_model * sums[i] for i in layers],
         )
         return cls(*(np.array(column, dtype=np.int64) for column in columns))
 
@@ -125,16 +136,18 @@ class Cost:
         known = np.where(joins == last, np.minimum(changed, tokens), tokens)
         known = np.where((trials.entry != Entry.WHOLE) & (joins == last), tokens, known)
         block = 2 * ends * blocks.whole[last] + 4 * ends * shape.width * blocks.heads[last]
-        total += within * (2 * known * blocks.keys[last] + block)
+        block += 2 * ends * shape.width * blocks.mixed[last]
+        keys = blocks.keys[last] - blocks.values[last]
+        total += within * (2 * known * keys + block)
         return total - self._shared(trials, shape) + self.head(shape)
 
     def _shared(self, trials: Trials, shape: Shape) -> np.ndarray:
         """What is saved because projections of unchanged positions are computed once [trial]."""
-        queries, layer = self.blocks[LANGUAGE].queries, trials.layer
+        blocks, layer = self.blocks[LANGUAGE], trials.layer
         there = trials.shared > 0
-        sharing = np.bincount(layer, there, len(queries)).clip(min=1)
+        sharing = np.bincount(layer, there, len(blocks.whole)).clip(min=1)
         once = there * shape.prompts * shape.width / sharing[layer]
-        return 2 * (trials.shared - once) * queries[layer]
+        return 2 * (trials.shared * blocks.queries[layer] - once * blocks.once[layer])
 
     def laid_out(self, trials: Trials, shape: Shape) -> np.ndarray:
         """What the block that trials enter costs them more where it runs whole prompts [trial]."""

@@ -15,6 +15,7 @@ from mechmm.data.metrics import chosen
 from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
 from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_begin, spot_of
+from mechmm.engine.plain import Plains
 from mechmm.engine.record import Recording, record, resumes
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.shelf import Shelf
@@ -64,7 +65,9 @@ class Engine:
             found = record(model, batch, wanted, names, towers, behind, blocks=reuse)
             self.head = head_of(model, found, rows) if found.blocks else None
         self.recording: Recording = found.kept(shelf or Shelf())
-        self.tokens = tokens if tokens is not None else calibrated(model, self.recording, self.head)
+        self.plains = Plains(model, self.recording)
+        found = (model, self.recording, self.head, self.plains)
+        self.tokens = tokens if tokens is not None else calibrated(*found)
 
     def _frozen_towers(self) -> list[str]:
         """Towers whose recorded blocks stand in for them: all that some change comes behind."""
@@ -90,7 +93,7 @@ class Engine:
         elsewhere[places.trial[~resumed[places.hook]]] = True
         rerun = None
         if self.head is not None:
-            rerun = Rerun(self.model, self.recording, places, spots, values, self.head)
+            rerun = Rerun(self.model, self.recording, places, spots, values, self.head, self.plains)
             yield from self._resume(rerun, np.flatnonzero(there & ~elsewhere))
         if elsewhere.any():
             whole = Whole(self.model, self.recording, places, spots, values)

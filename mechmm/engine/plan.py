@@ -11,13 +11,19 @@ from jaxtyping import Float, Int
 
 from mechmm.engine.cost import Shape
 from mechmm.engine.places import Entry, Ints, Places, Spot
+from mechmm.engine.plain import Parts
 from mechmm.engine.record import resumes
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.layout import PADDING, TEXT, TokenLayout
 from mechmm.model.rows import RESUME
+from mechmm.model.tower import Tower
 
 UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+AS_WRITTEN = (
+    "blocks in half precision, or with more than norms, projections and MLP, run as written"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +97,8 @@ def fallbacks(model: HookedMultimodal, spots: dict[str, Spot]) -> list[str]:
             "vision features enter several language blocks: trials that begin before the language "
             "model run whole prompts through it"
         )
+    if resumes(model) and not _sums(model.towers[LANGUAGE]):
+        notes.append(AS_WRITTEN)
     entering = {hook: s for hook, s in spots.items() if s.tower == LANGUAGE and s.layer >= 0}
     if resumes(model) and any(hook.endswith(("attn_scores", "pattern")) for hook in entering):
         notes.append("scores and patterns: the block of the change runs whole prompts")
@@ -98,6 +106,10 @@ def fallbacks(model: HookedMultimodal, spots: dict[str, Spot]) -> list[str]:
     if resumes(model) and apart:
         notes.append("z does not meet the output projection directly: its block runs again")
     return notes
+
+
+def _sums(tower: Tower) -> bool:
+    return all(Parts.of(tower, layer) is not None for layer in range(len(tower.blocks)))
 
 
 def predicted_starts(model: HookedMultimodal, layout: TokenLayout) -> Int[np.ndarray, "prompt pos"]:

@@ -19,7 +19,7 @@ from mechmm.data.metrics import logits_at
 from mechmm.engine.freeze import first_of, with_first
 from mechmm.engine.places import QUERY_ROWS, Entry, Spot
 from mechmm.engine.shelf import Shelf
-from mechmm.model.attention import Compute, States, reentering
+from mechmm.model.attention import Attention, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
@@ -292,7 +292,9 @@ class _Note:
     found: dict[tuple[str, int], Tensor]
     block: tuple[str, int]
 
-    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+    def attend(
+        self, states: States, mask: Tensor | None, causal: bool, compute: Attention
+    ) -> Tensor:
         self.found[self.block] = z = compute(states, mask)
         return z
 
@@ -303,7 +305,9 @@ class _Watch:
     def __init__(self, blocks: list[Block]) -> None:
         self.blocks = blocks
 
-    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+    def attend(
+        self, states: States, mask: Tensor | None, causal: bool, compute: Attention
+    ) -> Tensor:
         block = self.blocks[-1]
         _, block.keys, block.values = states
         block.mask, block.causal = mask, causal

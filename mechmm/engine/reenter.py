@@ -59,7 +59,7 @@ class Reenter:
             raise Halt((key, value))
         source, (key, value) = self.given or (self.tokens, (key, value))
         query = query.transpose(0, 1)  # [token, head, d_head]
-        z = query.new_empty(*query.shape[:2], value.shape[-1])
+        z: Tensor | None = None
         for (tokens, at), (others, there) in zip(self.tokens.groups, source.groups, strict=True):
             keys = self._laid_out("keys", others, self.block.keys, key[:, there])
             values = self._laid_out("values", others, self.block.values, value[:, there])
@@ -68,7 +68,10 @@ class Reenter:
                 whole = (tile.some(state)[:, :, :seen] for state in (keys, values))
                 parts: States = (tile.queries(query[at]), *whole)  # type: ignore[assignment] - two of them
                 visible = tokens.visible(tile, self.block, query.dtype)
-                tile.put(compute(parts, visible), z[at])
+                found = compute(parts, visible)
+                z = query.new_empty(*query.shape[:2], found.shape[-1]) if z is None else z
+                tile.put(found, z[at])
+        assert z is not None
         return z[None]
 
     def _laid_out(self, name: str, tokens: Tokens, recorded: Tensor | None, own: Tensor) -> Tensor:

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first, zeros
 from mechmm.engine.head import Head
 from mechmm.engine.places import QUERY_ROWS, Entry, Ints, Places, Spot, Values, halves, index
+from mechmm.engine.plain import Plain, Plains
 from mechmm.engine.projections import Projections
 from mechmm.engine.record import Recording
-from mechmm.engine.reenter import Reenter, Rooms
+from mechmm.engine.reenter import Reenter
 from mechmm.engine.shelf import pick
 from mechmm.engine.tokens import Tokens
 from mechmm.engine.trials import Entries, Trials, starts
@@ -47,9 +48,10 @@ class Rerun:
         spots: list[Spot],
         values: Values,
         head: Head,
+        plains: Plains,
     ) -> None:
         self.model, self.recording, self.places, self.values = model, recording, places, values
-        self.tower, self.head = model.towers[LANGUAGE], head
+        self.tower, self.head, self.plains = model.towers[LANGUAGE], head, plains
         self.last = len(recording.blocks) - 1
         assert recording.wanted is not None
         self.wanted = recording.wanted.cpu().numpy()
@@ -58,7 +60,7 @@ class Rerun:
         real = recording.batch.attention_mask > 0
         reached = starts(recording.blocks, real).cpu().numpy()
         self.entries = Entries.of(places, spots, reached, self.wanted, self.last)
-        self.projections, self.rooms = Projections(self.tower, recording), Rooms()
+        self.projections, self.rooms = Projections(self.tower, recording), plains.shared.rooms
 
     @torch.no_grad()
     def run(self, numbers: Ints, trials: Trials) -> Float[Tensor, "trial token vocab"]:
@@ -230,10 +232,18 @@ class _Chunk:
         return [found for name in QUERY_ROWS for found in self._at(layer, name)]
 
     def _attended(self, layer: int, tokens: Tokens, hidden: Tensor) -> Tensor:
-        known = self.of.projections.forwards(layer, tokens, self._unchanged(layer, tokens))
+        unchanged, plain = self._unchanged(layer, tokens), self._plain(layer)
+        if plain is not None:
+            return plain.through(tokens, hidden, unchanged)
+        known = self.of.projections.forwards(layer, tokens, unchanged)
         reenter = Reenter(tokens, self.recording.blocks[layer], self.of.rooms)
         with self._again(layer, reenter), frozen(known):
             return self._block(layer, tokens, hidden)
+
+    def _plain(self, layer: int) -> Plain | None:
+        """A block as sums, where nothing is changed inside of it."""
+        inside = any(self._inside(i, layer, ()) for i in range(len(self.of.places.hooks)))
+        return None if inside else self.of.plains.of(layer)
 
     def _unchanged(self, layer: int, tokens: Tokens) -> np.ndarray:
         """Which tokens enter a block as recorded, where it is worth knowing [token]."""
@@ -272,6 +282,9 @@ class _Chunk:
         stream = ends.of(self.recording.stream(layer))
         there = np.flatnonzero(at >= 0)
         stream[:, ends.tensor(there)] = hidden[:, tokens.tensor(at[there])]
+        plain = self._plain(layer)
+        if plain is not None:
+            return plain.ends(tokens, hidden, ends, stream)
         given = (tokens, self._keys(layer, tokens, hidden))
         reenter = Reenter(ends, self.recording.blocks[layer], self.of.rooms, given=given)
         with self._again(layer, reenter):

@@ -41,6 +41,8 @@ TOGETHER = 4096
 """Places that are compared at once."""
 UNMATCHED = "final norm and unembedding do not give the model's logits: trials run whole prompts"
 
+UNLIKE = "norms, projections and MLP alone do not give what blocks give: these run as written"
+
 
 @dataclass(frozen=True, eq=False)
 class Swept:
@@ -184,6 +186,8 @@ class _Run:
                     self.values[own // len(indices), columns[own % len(indices)]] = sums[own]
                 self._progress(weights[trials].sum())
             self.tokens = engine.tokens  # fewer where memory ran out
+            if engine.plains.refused and UNLIKE not in self.plan.notes:
+                self.plan = replace(self.plan, notes=(*self.plan.notes, UNLIKE))
             del engine  # before another records: two would take twice the state
         skipped = np.setdiff1d(np.arange(len(weights)), places.trial)
         self._progress(weights[skipped].sum() * len(parts))

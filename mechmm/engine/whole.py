@@ -22,7 +22,7 @@ from mechmm.engine.freeze import Halt, constant, first_of, frozen, with_first, z
 from mechmm.engine.places import Entry, Ints, Places, Spot, Values, halves, index
 from mechmm.engine.projections import KEYS, NAMES
 from mechmm.engine.record import Recording, blocks_read, embedding
-from mechmm.model.attention import Compute, States, reentering
+from mechmm.model.attention import Attention, States, reentering
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
@@ -157,7 +157,9 @@ class _Given:
     def __init__(self, z: Tensor) -> None:
         self.z = z
 
-    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+    def attend(
+        self, states: States, mask: Tensor | None, causal: bool, compute: Attention
+    ) -> Tensor:
         return self.z
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
@@ -64,11 +65,22 @@ Compute = Callable[[States, Tensor | None], Tensor]
 """(states, mask) -> z [batch, pos, head, d_head]."""
 
 
+@dataclass(frozen=True)
+class Options:
+    """What turns scores into a pattern."""
+
+    scaling: float
+    dropout: float
+    softcap: float | None
+
+
 @runtime_checkable
 class Reentry(Protocol):
     """Stands between a run of some positions alone and attention, which sees all of them."""
 
-    def attend(self, states: States, mask: Tensor | None, causal: bool, compute: Compute) -> Tensor:
+    def attend(
+        self, states: States, mask: Tensor | None, causal: bool, compute: Attention
+    ) -> Tensor:
         """z of the run's positions, computed with whatever states and masks it takes.
 
         Args:
@@ -161,43 +173,60 @@ def attention_forward(
     Returns:
         z [batch, pos, head, d_head], and the pattern where it was computed.
     """
-    hooks = _HOOKS.get(module)
+    hooks, states = _HOOKS.get(module), (query, key, value)
     ends = kwargs.pop("cu_seq_lens_q", None)
     lengths = None if ends is None else (ends[1:] - ends[:-1]).tolist()
     rest = (dropout, scaling, is_causal)
     if hooks is None:
-        return _stock(module, (query, key, value), lengths, attention_mask, *rest, **kwargs)
+        return _stock(module, states, attention_mask, lengths=lengths, rest=rest, **kwargs)
     query = _fire_heads_first(hooks.rot_q, query, hooks.view)
     key = _fire_heads_first(hooks.rot_k, key, hooks.view)
-    states: States = (query, key, value)
-    patterns: list[Tensor | None] = [None]
+    states = (query, key, value)
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     options = Options(scale, dropout, kwargs.get("softcap"))
-
-    def compute(states: States, mask: Tensor | None) -> Tensor:
-        if hooks.eager or listening(hooks.scores) or listening(hooks.pattern):
-            z, pattern = _stepwise(hooks, states, mask, causal, lengths, options)
-        else:
-            z, pattern = _stock(module, states, lengths, mask, *rest, **kwargs)
-        patterns.append(pattern)
-        return z
-
+    stock = partial(_stock, module, lengths=lengths, rest=rest, **kwargs)
+    compute = Attention(hooks, options, causal, lengths, stock)
     reentry = _REENTRIES.get(module)
     if reentry is None:
         z = compute(states, attention_mask)
     else:
         z = reentry.attend(states, attention_mask, causal, compute)
-    return fire(hooks.z, z, hooks.view), patterns[-1]
+    return fire(hooks.z, z, hooks.view), compute.shown
 
 
-@dataclass(frozen=True)
-class Options:
-    """What turns scores into a pattern."""
+@dataclass(eq=False)
+class Attention:
+    """What one attention module does with states that are given to it.
 
-    scaling: float
-    dropout: float
-    softcap: float | None
+    Attributes:
+        hooks, options: the module's.
+        causal: what no mask means.
+        lengths: of the chunks of a packed sequence, or None.
+        stock: `transformers`' own function.
+        shown: the pattern of the last call, where it was computed.
+    """
+
+    hooks: AttentionHooks
+    options: Options
+    causal: bool
+    lengths: list[int] | None
+    stock: Callable[[States, Tensor | None], tuple[Tensor, Tensor | None]]
+    shown: Tensor | None = None
+
+    def __call__(self, states: States, mask: Tensor | None) -> Tensor:
+        """z [batch, pos, head, d_head]."""
+        hooks = self.hooks
+        if hooks.eager or listening(hooks.scores) or listening(hooks.pattern):
+            z, self.shown = _stepwise(hooks, states, mask, self.causal, self.lengths, self.options)
+        else:
+            z, self.shown = self.stock(states, mask)
+        return z
+
+    def pattern(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """The pattern that nobody changes [batch, head, pos, key pos]."""
+        mask = _additive_mask(mask, query, key, self.causal)
+        return _eager(None, (query, key, key), mask, self.options)[1]
 
 
 def _chunks(states: States, lengths: list[int]) -> Iterator[States]:
@@ -206,11 +235,18 @@ def _chunks(states: States, lengths: list[int]) -> Iterator[States]:
 
 
 def _stock(
-    module: nn.Module, states: States, lengths: list[int] | None, *rest: Any, **kwargs: Any
+    module: nn.Module,
+    states: States,
+    mask: Tensor | None,
+    *,
+    lengths: list[int] | None,
+    rest: tuple[Any, ...],
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`transformers`' own scaled-dot-product attention, chunk by chunk where the model packs."""
     if lengths is None:
-        return sdpa_attention_forward(module, *states, *rest, **kwargs)
+        return sdpa_attention_forward(module, *states, mask, *rest, **kwargs)
+    rest = (mask, *rest)
     parts = [sdpa_attention_forward(module, *c, *rest)[0] for c in _chunks(states, lengths)]
     return torch.cat(parts, dim=1), None
 

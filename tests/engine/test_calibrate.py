@@ -21,14 +21,14 @@ def engine():
 def chosen(engine, monkeypatch, each):
     """The size that is chosen where a token takes so long in passes of these sizes."""
 
-    def seconds(model, recording, head, size):
+    def seconds(model, recording, head, plains, size):
         if each[size] is None:
             raise torch.OutOfMemoryError
         return each[size]
 
     monkeypatch.setattr(calibrate, "_seconds", seconds)
-    monkeypatch.setattr(calibrate, "_most", lambda model, recording: max(each))
-    return calibrated(engine.model, engine.recording, engine.head)
+    monkeypatch.setattr(calibrate, "_most", lambda model, recording, sums: max(each))
+    return calibrated(engine.model, engine.recording, engine.head, engine.plains)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,8 @@ def test_a_pass_takes_no_more_memory_than_what_is_recorded(engine):
     recording = engine.recording
     state = sum(b.stream.numel() + b.keys.numel() + b.values.numel() for b in recording.blocks)
     assert recording.numbers == state, "a hook that is a stream counts once"
-    assert 0 < calibrate._most(engine.model, recording) * 10 * engine.model.cfg.d_model <= state
-    assert calibrated(engine.model, recording, engine.head) in SIZES
-    assert calibrated(engine.model, recording, None) == calibrate.DEFAULT
+    for sums, streams in ((False, 10), (True, 8)):
+        most = calibrate._most(engine.model, recording, sums)
+        assert 0 < most * streams * engine.model.cfg.d_model <= state
+    assert calibrated(engine.model, recording, engine.head, engine.plains) in SIZES
+    assert calibrated(engine.model, recording, None, engine.plains) == calibrate.DEFAULT
