@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int
@@ -27,7 +26,7 @@ from mechmm.engine.writers import Values, Writer, writers_of
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import IMAGE
 
-Target = Literal["corrupt", "mean", "zero"]
+TARGETS = ("corrupt", "mean", "zero")
 """What takes the place of what is cut off."""
 Means = dict[str, dict[str, list[Tensor]]]
 """By tower and hook: the mean in every span, over all clean runs."""
@@ -115,7 +114,7 @@ def contrasts(
     pairs: PairDataset,
     wiring: Wiring,
     metric: Metric,
-    target: Target = "corrupt",
+    target: str = "corrupt",
     batch_size: int = 16,
     *,
     sloped: Collection[str] = (),
@@ -143,8 +142,8 @@ def check_target(target: str) -> None:
     Raises:
         ValueError: with those that there are.
     """
-    if target not in get_args(Target):
-        raise ValueError(f"unknown target {target!r}; use {', '.join(get_args(Target))}")
+    if target not in TARGETS:
+        raise ValueError(f"unknown target {target!r}; use {', '.join(TARGETS)}")
 
 
 @dataclass(frozen=True)
@@ -168,7 +167,7 @@ class _Runs:
 
 
 def _batch(
-    runs: _Runs, batch: PairBatch, metric: Metric, target: Target, means: Means | None
+    runs: _Runs, batch: PairBatch, metric: Metric, target: str, means: Means | None
 ) -> list[Contrast]:
     answers = prepared(runs.model, batch.clean, batch.answers, metric)
     parts = [readings(prompt, answers, metric) for prompt in (batch.clean, batch.corrupt)]

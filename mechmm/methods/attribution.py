@@ -24,7 +24,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.contrast import Contrast, Target, contrasts
+from mechmm.engine.contrast import Contrast, contrasts
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
@@ -50,7 +50,7 @@ from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 
-Method = Literal["eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random"]
+METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random")
 SHOWN = 30
 """Edges that are shown as bars."""
 
@@ -182,10 +182,10 @@ def attribute(
     pairs: PairDataset,
     *,
     spans: Sequence[str] = (),
-    method: Method = "eap-ig-inputs",
+    method: str = "eap-ig-inputs",
     metric: Metric = logit_diff,
     steps: int = 5,
-    target: Target = "corrupt",
+    target: str = "corrupt",
     batch_size: int = 16,
     seed: int = 0,
 ) -> Attribution:
@@ -241,8 +241,8 @@ def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
 
 
 def _check(method: str, target: str, steps: int) -> None:
-    if method not in get_args(Method):
-        raise ValueError(f"unknown method {method!r}; use {', '.join(get_args(Method))}")
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; use {', '.join(METHODS)}")
     if method == "clean-corrupt" and target != "corrupt":
         raise ValueError(f"no prompt gives the target {target!r}; use eap or eap-ig-inputs")
     if steps < 1:
@@ -257,7 +257,7 @@ def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:
     return clean.float().cpu(), reference.float().cpu()
 
 
-def _scores(contrast: Contrast, method: Method, steps: int) -> Float[Tensor, "example edge"]:
+def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "example edge"]:
     if method == "exact":
         return _exact(contrast)
     if method == "eap-ig-activations":
@@ -272,7 +272,7 @@ def _scores(contrast: Contrast, method: Method, steps: int) -> Float[Tensor, "ex
     return _products(contrast, readers)
 
 
-def _sloped(method: Method, target: Target) -> tuple[str, ...]:
+def _sloped(method: str, target: str) -> tuple[str, ...]:
     """Runs whose slopes a method takes as they are."""
     at_reference = "corrupt" if target == "corrupt" else "clean"
     ways = {"eap": (at_reference,), "clean-corrupt": ("clean", "corrupt")}

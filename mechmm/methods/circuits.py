@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.contrast import Target, contrasts
+from mechmm.engine.contrast import contrasts
 from mechmm.engine.wiring import wired
 from mechmm.methods.attribution import Attribution
 from mechmm.model.hooked import HookedMultimodal
@@ -180,7 +180,7 @@ def faithfulness(
     circuit: Circuit | Sequence[Circuit],
     *,
     metric: Metric = logit_diff,
-    target: Target = "corrupt",
+    target: str = "corrupt",
     n_random: int = 10,
     batch_size: int = 16,
     seed: int = 0,
@@ -221,7 +221,7 @@ def faithfulness_curve(
     signed: bool = False,
     greedy: bool = False,
     metric: Metric = logit_diff,
-    target: Target = "corrupt",
+    target: str = "corrupt",
     n_random: int = 3,
     batch_size: int = 16,
     seed: int = 0,
@@ -248,7 +248,7 @@ def run_circuits(
     graph: Graph,
     keeps: Sequence[np.ndarray],
     metric: Metric,
-    target: Target,
+    target: str,
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The metric with some edges kept [circuit, example], with all and with none [example]."""

@@ -127,9 +127,9 @@ def concat(results: Sequence[R]) -> R:
     joined = {}
     for f in fields(kind):
         kept = results[:1] if f.metadata.get("keep") == "first" else results
-        values = [getattr(result, f.name) for result in kept]
+        values = [result._values()[f.name] for result in kept]
         joined[f.name] = _join(values, axes[f.name], f.name)
-    return kind(**joined)
+    return kind._from_values(joined)
 
 
 def _join(values: Sequence[Any], axis: int | None, name: str) -> Any:

@@ -114,6 +114,7 @@ def some(model) -> mm.Circuit:
     return mm.Circuit.named(mm.graph(model), ["input->logits"])
 
 
+@pytest.mark.slow
 def test_exact_scores_are_what_the_clean_run_loses(made, pairs):
     """Of some edges of a small model: the reference in float64 says the same."""
     one = pairs[:1]
