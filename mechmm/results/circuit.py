@@ -77,7 +77,7 @@ class Circuit(Result):
         """Names of the writers and readers that its edges join, each node once."""
         graph, at = self.graph, np.flatnonzero(self.keep)
         writers = graph.writers["name"].iloc[np.unique(graph.src[at])]
-        readers = graph.readers["name"].iloc[np.unique(graph.dst[at])].str.split("<").str[0]
+        readers = [graph.owners[reader] for reader in np.unique(graph.dst[at])]
         return list(dict.fromkeys([*writers, *readers]))
 
     # Sets ------------------------------------------------------------------------------------
@@ -175,22 +175,20 @@ class Circuit(Result):
         )
 
     def to_networkx(self) -> nx.MultiDiGraph:
-        """A networkx graph: a node per writer or component, an edge per kept edge, with the
-        attributes reader, span and score; nodes have tower, kind and layer."""
-        found = nx.MultiDiGraph(model=self.graph.model)
-        for table in (self.graph.writers, self.graph.readers):
-            for row in table.itertuples():
-                name = str(row.name).split("<")[0]
-                if name not in found:
-                    kind = "head" if row.kind in ("q", "k", "v") else str(row.kind)
-                    found.add_node(name, tower=str(row.tower), kind=kind, layer=int(row.layer))
-        for row in self.to_dataframe().itertuples():
-            ends = (str(row.writer), str(row.reader).split("<")[0])
-            found.add_edge(
-                *ends, reader=str(row.reader), span=str(row.span), score=float(row.score)
-            )
+        """A networkx graph: a node per component, an edge per kept edge with the attributes reader,
+        span and score; nodes have tower, kind and layer. Keys and values that several heads share
+        are a node of their own, of kind `kv`."""
+        graph, found = self.graph, nx.MultiDiGraph(model=self.graph.model)
+        owners = dict(zip(graph.readers["name"], graph.owners, strict=True))
         used = set(self.nodes)
-        found.remove_nodes_from([node for node in list(found) if node not in used])
+        for row in [*graph.writers.itertuples(), *graph.readers.itertuples()]:
+            name = owners.get(str(row.name), str(row.name))
+            if name in used and name not in found:
+                kind = {"q": "head", "k": "kv", "v": "kv"}.get(str(row.kind), str(row.kind))
+                found.add_node(name, tower=str(row.tower), kind=kind, layer=int(row.layer))
+        for row in self.to_dataframe().itertuples():
+            values = {"reader": str(row.reader), "span": str(row.span), "score": float(row.score)}
+            found.add_edge(str(row.writer), owners[str(row.reader)], **values)
         return found
 
     def to_graphml(self, file: str | Path) -> Path:

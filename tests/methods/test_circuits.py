@@ -186,6 +186,15 @@ def test_exports(truth, tmp_path):
     assert truth.to_dataframe()["edge"].tolist() == truth.edges
 
 
+def test_keys_that_heads_share_are_a_node_of_their_own():
+    model = mm.HookedMultimodal.from_hf(tiny_hf("llava", heads=4, key_value_heads=2))
+    circuit = mm.Circuit.named(mm.graph(model), ["input->a1.h1<v>", "input->a1.h1<q>", "m0->m1"])
+    assert circuit.nodes == ["input", "m0", "a1.h1", "a1.kv1", "m1"]
+    found = circuit.to_networkx()
+    assert found.nodes["a1.kv1"]["kind"] == "kv"
+    assert found.number_of_edges() == 3
+
+
 def test_curves_end_at_the_whole_model(made, pairs, scores):
     curve = mm.faithfulness_curve(
         made.model, pairs[:4], scores, fractions=(0.01, 0.1, 1.0), n_random=1
