@@ -7,7 +7,7 @@ The clean run is compared with a reference: the corrupt prompt's run, the mean o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -255,8 +255,3 @@ def _count(counts: dict[str, list[int]], places: Places) -> None:
     for tower, examples in places.items():
         own = [sum(len(parts[s]) for parts in examples) for s in range(len(examples[0]))]
         counts[tower] = [a + b for a, b in zip(counts.get(tower, [0] * len(own)), own, strict=True)]
-
-
-def summed(parts: Sequence[Tensor]) -> Tensor:
-    """The sum over the readings of a metric."""
-    return torch.stack(list(parts)).sum(0)

@@ -26,6 +26,8 @@ from mechmm.results.graph import REST
 
 Places = dict[str, list[list[np.ndarray]]]
 """By tower: for every example and span, (row, position) of every place."""
+CHUNK = 64
+"""Places that are laid out at the width of the stream at once."""
 
 
 def places_of(layout: TokenLayout, towers: Sequence[str], spans: Sequence[str]) -> Places:
@@ -81,7 +83,7 @@ def edge_scores(
         there = [w for w in writers if w.group.tower == tower and w.hooks]
         for example, parts in enumerate(places[tower]):
             for span, at in enumerate(parts):
-                for chunk in _chunks(at, _size(wiring, tower)):
+                for chunk in _chunks(at):
                     changes = _changes(there, clean, corrupt, chunk)
                     for i in own:
                         block = graph.blocks[i]
@@ -117,12 +119,7 @@ def _seen(
     return changes[start - first : stop - first], (start - writers[0], stop - writers[0])
 
 
-def _size(wiring: Wiring, tower: str) -> int:
-    """Places of a chunk."""
-    return 64
-
-
-def _chunks(places: np.ndarray, size: int) -> Iterator[At]:
-    for start in range(0, len(places), size):
-        rows, positions = torch.from_numpy(places[start : start + size].T.copy())
+def _chunks(places: np.ndarray) -> Iterator[At]:
+    for start in range(0, len(places), CHUNK):
+        rows, positions = torch.from_numpy(places[start : start + CHUNK].T.copy())
         yield rows, positions

@@ -29,7 +29,7 @@ from mechmm.data.metrics import Reading as Part
 from mechmm.engine.flow import Edit, slopes_at, stem
 from mechmm.engine.readers import Reader
 from mechmm.engine.wiring import Group, Wiring
-from mechmm.engine.writers import At, Values, Writer
+from mechmm.engine.writers import Values, Writer, grid
 from mechmm.model.hooked import HookedMultimodal
 
 Masks = Sequence[Tensor]
@@ -83,13 +83,6 @@ class Splice:
         return total.unflatten(0, shape)  # type: ignore[union-attr]
 
 
-def grid(value: Tensor) -> At:
-    """Rows and positions of all places of a stream, one after the other."""
-    rows, positions = value.shape[:2]
-    every = torch.arange(rows * positions, device=value.device)
-    return every // positions, every % positions
-
-
 def stream_at(model: HookedMultimodal, group: Group) -> str | None:
     """The hook that shows what a group of readers reads."""
     block = stem(model, group)
@@ -112,7 +105,6 @@ class _Run:
         self.now: dict[str, Tensor] = {}
         self.changes: dict[str, Tensor] = {}
         self.slots = self._slots()
-        self.read: tuple[int, list[Tensor]] = (-1, [])
 
     def _slots(self) -> dict[str, Tensor]:
         """By tower: where the changes of every writer are kept, -1 if it has no kept edge."""

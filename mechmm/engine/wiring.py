@@ -41,11 +41,6 @@ class Group:
     nodes: tuple[int, int]
     part: str = "attn"
 
-    @property
-    def count(self) -> int:
-        """Nodes."""
-        return self.nodes[1] - self.nodes[0]
-
 
 @dataclass(frozen=True, eq=False)
 class Wiring:

@@ -117,10 +117,7 @@ class Writer:
         if self.group.kind != "heads" or self._post is not None or not self._scaled:
             return self
         z, out = values[self.hooks[0]], values[self.hooks[-1]].flatten(0, 1).float()
-        rows, positions = z.shape[:2]
-        every = torch.arange(rows * positions, device=z.device)
-        at = every // positions, every % positions
-        before = self.heads(self._z(values, at), bias=True).sum(0)
+        before = self.heads(self._z(values, grid(z)), bias=True).sum(0)
         largest = before.abs().argmax(0, keepdim=True)
         gain = (out.gather(0, largest) / before.gather(0, largest))[0].nan_to_num()
         return replace(self, gain=gain)
@@ -128,6 +125,13 @@ class Writer:
     @property
     def _scaled(self) -> bool:
         return self.hooks[-1].endswith("attn_out")
+
+
+def grid(value: Tensor) -> At:
+    """Rows and positions of all places of a stream, one after the other."""
+    rows, positions = value.shape[:2]
+    every = torch.arange(rows * positions, device=value.device)
+    return every // positions, every % positions
 
 
 def _normed(parts: Tensor, module: nn.Module, tower: Tower) -> Tensor:

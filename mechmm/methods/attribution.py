@@ -33,7 +33,7 @@ from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, logit_diff
+from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.contrast import Contrast, contrasts
 from mechmm.engine.edges import edge_scores
@@ -222,7 +222,7 @@ def attribute(
             rows.append(torch.stack([_scores(part, method, steps) for part in parts]).sum(0))
         ends.append(_ends(parts))
     clean, reference = (torch.cat(column) for column in zip(*ends, strict=True))
-    name = getattr(metric, "__name__", repr(metric))
+    name = name_of(metric)
     made = steps if "ig" in method else 1
     return Attribution(wiring.graph, torch.cat(rows), clean, reference, method, name, target, made)
 

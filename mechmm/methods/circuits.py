@@ -27,7 +27,7 @@ from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, logit_diff
+from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.contrast import contrasts
 from mechmm.engine.wiring import wired
@@ -208,7 +208,7 @@ def faithfulness(
     )
     every = [c.keep for c in circuits] + [c.keep for _, c in nulls]
     found = run_circuits(model, pairs, circuits[0].graph, every, metric, target, batch_size)
-    name = getattr(metric, "__name__", repr(metric))
+    name = name_of(metric)
     return Faithfulness(table, *found, name, target)
 
 
@@ -252,7 +252,7 @@ def run_circuits(
     batch_size: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The metric with some edges kept [circuit, example], with all and with none [example]."""
-    wiring = wired(model, [span for span in graph.spans[:-1]])
+    wiring = wired(model, graph.spans[:-1])
     columns = []
     every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
     for parts in contrasts(model, pairs, wiring, metric, target, batch_size, streams=True):
@@ -270,7 +270,7 @@ def _masks(graph: Graph, keeps: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
 
 def _check(model: HookedMultimodal, circuit: Circuit) -> None:
     graph = circuit.graph
-    own = wired(model, [span for span in graph.spans[:-1]]).graph
+    own = wired(model, graph.spans[:-1]).graph
     if not graph.matches(own):
         raise ValueError(
             f"the circuit is of {graph}, the model has {own}; find circuits on the model that they "

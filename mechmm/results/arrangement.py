@@ -110,13 +110,10 @@ def _nodes(graph: Graph) -> tuple[list[Node], list[int], list[int]]:
     towers = {t: i for i, t in enumerate(dict.fromkeys(graph.writers["tower"]))}
     nodes = [_node(row, towers) for row in _rows(graph.writers)]
     writers = list(range(len(nodes)))
-    feeds: dict[int, list[int]] = {}
-    for reader, writer in graph.links.tolist():
-        feeds.setdefault(reader, []).append(writer)
     own: dict[str, int] = {}
     of_reader = []
     for v, (name, tower, kind, layer, head) in enumerate(_rows(graph.readers)):
-        fed = feeds.get(v, [])
+        fed = graph.feeds.get(v, [])
         if len(fed) == 1:
             of_reader.append(fed[0])
             continue

@@ -217,15 +217,20 @@ class Graph:
         raise EdgeError(f"reader {reader} has no edges")
 
     @cached_property
+    def feeds(self) -> dict[int, list[int]]:
+        """The writers that every linked reader belongs to."""
+        found: dict[int, list[int]] = {}
+        for reader, writer in self.links.tolist():
+            found.setdefault(reader, []).append(writer)
+        return found
+
+    @cached_property
     def owners(self) -> list[str]:
         """The node that every reader belongs to: the writer that it is linked to, or itself; keys
         and values that several heads share are a node of their own, `a1.kv0`."""
-        linked: dict[int, list[int]] = {}
-        for reader, writer in self.links.tolist():
-            linked.setdefault(reader, []).append(writer)
         writers, found = self.writers["name"].tolist(), []
         for number, name in enumerate(self.readers["name"]):
-            own = linked.get(number, [])
+            own = self.feeds.get(number, [])
             shared = name.partition("<")[0].replace(".h", ".kv")
             found.append(writers[own[0]] if len(own) == 1 else shared)
         return found

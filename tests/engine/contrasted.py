@@ -20,8 +20,8 @@ from mechmm.engine.contrast import Contrast, streams_of
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.flow import Edit, hooks_of, slopes, slopes_at, stem, values
 from mechmm.engine.readers import Reader
-from mechmm.engine.splice import grid
 from mechmm.engine.wiring import Group, Wiring, wired
+from mechmm.engine.writers import grid
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import TEXT
