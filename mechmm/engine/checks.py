@@ -80,6 +80,8 @@ def neurons_of(model: HookedMultimodal, hook: str) -> int:
     tower, layer = _block(model, hook)
     if _by_head(hook):
         raise SiteError(f"{hook} has no neurons")
+    if hook.endswith("hook_scale"):
+        return 1
     linear = tower.linear(layer, "mlp_out") if ".mlp." in hook else None
     return tower.cfg.d_model if linear is None else linear.in_features
 

@@ -183,7 +183,7 @@ def _changes(places: Places, values: Values, found: Slopes) -> Float[Tensor, " t
     for hook, at in _chunks(places):
         there = places.chosen(at)
         for value, slope in found.get(hook, ()):
-            where = index(hook, there.row, there.position, there.part, value.device)
+            where = index(hook, there.row, there.position, there.part, value)
             each = _product(value[where], values(hook, at, value[where]), slope[where])
             total.index_add_(0, torch.as_tensor(there.trial), each.double().cpu())
     return total

@@ -138,10 +138,21 @@ Values = Callable[[str, Ints, Tensor], Tensor]
 
 
 def index(
-    hook: str, rows: Ints, positions: Ints, parts: Ints, device: torch.device
+    hook: str, rows: Ints, positions: Ints, parts: Ints, tensor: Tensor
 ) -> tuple[Tensor | slice, ...]:
-    """The index of some places in a hook's tensor; all of them have a part, or none has."""
-    row, position, part = (torch.as_tensor(a, device=device) for a in (rows, positions, parts))
+    """The index of some places in a hook's tensor; all of them have a part, or none has.
+
+    Raises:
+        ValueError: a position that the hook does not have.
+    """
+    there = tensor.shape[2 if hook.endswith(QUERY_ROWS) else 1]
+    if positions.max(initial=0) >= there:
+        raise ValueError(
+            f"{hook} has {there} position(s), and so no position {positions.max()}: it is no "
+            "sequence of tokens or patches in this model"
+        )
+    found = (torch.as_tensor(a, device=tensor.device) for a in (rows, positions, parts))
+    row, position, part = found
     whole = not len(parts) or parts[0] < 0
     if hook.endswith(QUERY_ROWS):
         return (row, slice(None), position) if whole else (row, part, position)

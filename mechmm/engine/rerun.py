@@ -385,7 +385,7 @@ class _Chunk:
     def _new(self, hook: str, tensor: Tensor, at: Ints) -> tuple[Tensor, Tensor]:
         """What recorded places hold and what they shall hold."""
         places = self.of.places.chosen(self.places[at])
-        where = index(hook, places.row, places.position, places.part, tensor.device)
+        where = index(hook, places.row, places.position, places.part, tensor)
         now = pick(tensor, *where, device=self.of.device)
         return now, self.of.values(hook, self.places[at], now).to(now)
 
@@ -429,7 +429,7 @@ class _Chunk:
                 if not len(own):
                     continue
                 part = self.of.places.part[self.places[own]]
-                place = index(name, row, position, part, tensor.device)
+                place = index(name, row, position, part, tensor)
                 new = self.of.values(name, self.places[own], tensor[place])
                 tensor[place] = new.to(tensor)
             return tensor

@@ -96,7 +96,7 @@ class Donor:
         def give(hook: str, at: Ints, now: Tensor) -> Tensor:
             there = places.chosen(at)
             tensor = found[hook]
-            new = tensor[index(hook, there.row, there.position, there.part, tensor.device)]
+            new = tensor[index(hook, there.row, there.position, there.part, tensor)]
             _check_alike(hook, new, now)
             return new
 
@@ -151,7 +151,7 @@ class Donor:
                 at = np.flatnonzero(places.hook == number)
                 for half in halves(places.part[at]):
                     own, tensor = places.chosen(at[half]), found[hook]
-                    value = tensor[index(hook, own.row, own.position, own.part, tensor.device)]
+                    value = tensor[index(hook, own.row, own.position, own.part, tensor)]
                     key = (hook, bool(own.part[0] >= 0))
                     if key not in sums:
                         shape = (len(self.sites), *value.shape[1:])

@@ -243,7 +243,7 @@ def unlike(engine: Engine, places: Places, values: Values) -> np.ndarray:
             own = at[half]
             for part in np.split(own, range(TOGETHER, len(own), TOGETHER)):
                 there = places.chosen(part)
-                where = index(hook, there.row, there.position, there.part, base.device)
+                where = index(hook, there.row, there.position, there.part, base)
                 now = pick(base, *where, device=device)
                 new = values(hook, part, now).to(now)
                 keep[part] = (new != now).reshape(len(part), -1).any(1).cpu().numpy()

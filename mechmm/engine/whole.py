@@ -144,7 +144,7 @@ class Whole:
                 own = at[half]
                 row = copy[half] * rows + self.places.row[own]
                 position, part = self.places.position[own], self.places.part[own]
-                place = index(name, row, position, part, tensor.device)
+                place = index(name, row, position, part, tensor)
                 tensor[place] = self.values(name, own, tensor[place]).to(tensor)
             return tensor
 

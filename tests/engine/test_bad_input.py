@@ -100,6 +100,11 @@ BAD = {
         SiteError,
         r"neurons 0\.\.127, not 128",
     ),
+    "entry of a norm's scale": (
+        lambda m: changed(tables.mlps(m, layers=[1]), hook="blocks.1.ln1.hook_scale", neuron=1),
+        SiteError,
+        r"hook_scale has neurons 0\.\.0, not 1",
+    ),
     "head in no block": (
         lambda m: changed(tables.projector(m), head=0),
         SiteError,
@@ -272,6 +277,16 @@ def test_a_metric_of_ones_own_reads_single_tokens(model, pairs, table, passes):
     with pytest.raises(ValueError, match="some answers have several tokens"):
         Sweep(model, several, table, lambda logits, answers: logits[:, 0]).run()
     assert not passes
+
+
+def test_what_is_no_sequence_has_no_further_positions(model, pairs):
+    pooled = changed(
+        tables.residual(model, positions=[1], towers=["vision"], layers=[0]),
+        hook="vision.ln_final.hook_normalized",
+    )
+    for source in ("clean", "zero"):
+        with pytest.raises(ValueError, match=r"hook_normalized has 1 position\(s\), and so no"):
+            Sweep(model, pairs, pooled, source=source).run()
 
 
 def test_spans_of_unequal_size_are_refused(pairs, table, passes):
