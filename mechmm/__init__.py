@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.patching import Patching, patch
     from mechmm.model.audit import Audit, audit
@@ -33,6 +34,7 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
+    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.model.audit": ("Audit", "audit"),
@@ -55,6 +57,7 @@ __all__ = [
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
+    "OverCheckpoints",
     "Page",
     "Pair",
     "PairDataset",
@@ -75,6 +78,7 @@ __all__ = [
     "kl",
     "log_prob",
     "logit_diff",
+    "over_checkpoints",
     "patch",
     "prob",
     "sites",

@@ -132,11 +132,19 @@ def patch(
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
     seed: Annotated[int, typer.Option(help="Of the weights and of every batch.")] = 0,
+    phases: Annotated[
+        int | None, typer.Option(help="Only the first so many of its phases; default: all.")
+    ] = None,
 ) -> None:
-    """Train the demo model from a seed; run again to go on from the last checkpoint."""
-    from mechmm.zoo.training import Trainer
+    """Train the demo model from a seed; run again to go on from the last checkpoint.
 
-    Trainer(out, seed).run()
+    The model is kept on the way, too, in the folder history: see mechmm.over_checkpoints.
+    """
+    from mechmm.zoo.training import PHASES, Trainer
+
+    if phases is not None and not 1 <= phases <= len(PHASES):
+        raise ValueError(f"--phases is {phases}; training has {len(PHASES)}, give 1 to that many")
+    Trainer(out, seed, PHASES[:phases]).run()
 
 
 @zoo.command()

@@ -76,7 +76,12 @@ class Result(ABC):
         """
         folder = Path(folder)
         record = _read_record(folder)
-        kind = _class_named(record["class"], cls, folder)
+        kind = class_named(record["class"], cls)
+        if kind is None:
+            name = record["class"]
+            raise ValueError(
+                f"{folder} holds a {name}, not a {cls.__name__}; open it with {name}.load"
+            )
         try:
             values = unpack(record["fields"], read_files(folder, record["files"]))
         except (SafetensorError, KeyError, ValueError, TypeError, OSError) as error:
@@ -189,15 +194,12 @@ def _damaged(folder: Path, why: object) -> str:
     return f"the result in {folder} is damaged: {why}; copy it again or repeat the run"
 
 
-def _class_named(name: str, cls: type[Any], folder: Path) -> type[Any]:
+def class_named(name: str, cls: type[R]) -> type[R] | None:
     """The class itself or the subclass with that name; the last one defined, as in a notebook."""
     kinds = [cls]
     for kind in kinds:
         kinds.extend(kind.__subclasses__())
-    for kind in reversed(kinds):
-        if kind.__name__ == name:
-            return kind
-    raise ValueError(f"{folder} holds a {name}, not a {cls.__name__}; open it with {name}.load")
+    return next((kind for kind in reversed(kinds) if kind.__name__ == name), None)
 
 
 def _check_fields(kind: type[Any], found: set[str], folder: Path) -> None:

@@ -61,6 +61,13 @@ PHASES = (
     Phase("compare", HARD, 1200, 1e-3, 32, until=0.93),
     Phase("all", tuple(KINDS), 3600, 1e-3, 32),
 )
+KEPT = {
+    "sight": (0,),
+    "find": (0, 50, 100, 200, 400),
+    "find in words": (0,),
+    "all": (0,),
+}
+"""Steps of the phases before which the model is kept, to see how circuits form."""
 QUESTIONS = 6
 """Questions asked of one picture or description."""
 
@@ -215,7 +222,11 @@ class SightHeads(nn.Module):
 
 
 class Trainer:
-    """Training with checkpoints in `folder`; starts from the newest one there."""
+    """Training with checkpoints in `folder`; starts from the newest one there.
+
+    The model is kept as a Hugging Face folder in `model` when training ends, and on the way in
+    `history/{number}-{phase}-{step}` (`KEPT`).
+    """
 
     def __init__(self, folder: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
         self.folder, self.seed, self.phases = folder, seed, phases
@@ -240,6 +251,7 @@ class Trainer:
         before = self.state.seconds
         while self.state.phase < len(self.phases):
             phase = self.phases[self.state.phase]
+            self._keep(phase)
             self._step(phase)
             self.state.step += 1
             self.state.seconds = before + time.monotonic() - started
@@ -251,6 +263,18 @@ class Trainer:
                 saved = time.monotonic()
         self.model.eval()
         save(self.model, self.folder / "model")
+
+    def _keep(self, phase: Phase) -> None:
+        """Keep the model, if it is one of those to keep."""
+        if self.state.step not in KEPT.get(phase.name, ()):
+            return
+        before = [(name, step) for name, steps in KEPT.items() for step in steps]
+        number = before.index((phase.name, self.state.step))
+        name = f"{number}-{phase.name.replace(' ', '-')}-{self.state.step}"
+        if not (self.folder / "history" / name).exists():
+            self.model.eval()
+            save(self.model, self.folder / "history" / name)
+            self.model.train()
 
     def _finished(self, phase: Phase) -> bool:
         accuracy = self.state.accuracy
