@@ -92,7 +92,11 @@ def check_choices(base: str, source: Source, state: str) -> None:
     Raises:
         ValueError: with the names there are.
     """
-    named = () if callable(source) or isinstance(source, BySite) else (("source", source, get_args(Named)),)
+    named = (
+        ()
+        if callable(source) or isinstance(source, BySite)
+        else (("source", source, get_args(Named)),)
+    )
     for what, given, known in (("base", base, BASES), ("state", state, get_args(Keep)), *named):
         check_choice(what, given, known)
 

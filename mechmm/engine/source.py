@@ -25,6 +25,7 @@ their clean runs; another pair's clean run."""
 Function = Callable[[Tensor], Tensor]
 """(what is at some places [place, d] or, of single neurons, [place]) -> what to put there."""
 
+
 @dataclass(frozen=True, eq=False)
 class BySite:
     """A function of its own for every site, in the order of their table."""

@@ -117,7 +117,9 @@ def states(
         hook = places.hooks[own.hook[0]]
         tensor = found[hook]
         value = tensor[index(hook, own.row, own.position, own.part, tensor.device)]
-        wide = value.to("cpu", torch.promote_types(value.dtype, torch.float32)).reshape(len(own), -1)
+        wide = value.to("cpu", torch.promote_types(value.dtype, torch.float32)).reshape(
+            len(own), -1
+        )
         every.append(States(wide, own.trial % len(batch), own.row, own.position))
     return every
 

@@ -132,7 +132,8 @@ class Probe(Result):
         return table if self.erased is None else self._with_changes(table)
 
     def _with_changes(self, table: pd.DataFrame) -> pd.DataFrame:
-        assert self.random is not None and self.clean is not None
+        assert self.random is not None
+        assert self.clean is not None
         low, high = bootstrap_interval(self.change())
         ends = self._random_changes().quantile(torch.tensor((0.0, 1.0)), dim=1).numpy()
         return table.assign(
@@ -144,7 +145,8 @@ class Probe(Result):
         )
 
     def _random_changes(self) -> Float[Tensor, "site draw"]:
-        assert self.random is not None and self.clean is not None
+        assert self.random is not None
+        assert self.clean is not None
         return (self.random - self.clean).mean(-1)
 
     def _by_group(self, values: Tensor) -> Float[Tensor, "site group"]:
@@ -173,7 +175,9 @@ class Probe(Result):
                 if column in group:
                     name = str(tower) if column == "accuracy" else f"{tower}, untrained"
                     maps[name], nulls[name] = _map(group, column), ends
-        title = f"accuracy of linear probes of {len(self.classes)} classes, chance {self.chance:.2f}"
+        title = (
+            f"accuracy of linear probes of {len(self.classes)} classes, chance {self.chance:.2f}"
+        )
         n = len(self.labels)
         return plots.tower_maps(maps, title, value_title="accuracy", n=n, nulls=nulls)
 
@@ -182,10 +186,11 @@ class Probe(Result):
         top = table.loc[table["accuracy"].sort_values(ascending=False, kind="stable").index[:SHOWN]]
         names = [f"{row.label} (reads {row.accuracy:.2f})" for row in top.itertuples()]
         null = (float(top["random_low"].min()), float(top["random_high"].max()))
-        columns = (top[name].to_numpy(float) for name in ("change", "change_low", "change_high"))
+        columns = ("change", "change_low", "change_high")
+        value, low, high = (top[column].to_numpy(float) for column in columns)
         title = f"change of {self.metric} where what the probe reads is erased"
         extra = {"value_title": "change", "null_title": "random shifts of equal norm"}
-        return plots.bars(names, *columns, title, null=null, **extra)
+        return plots.bars(names, value, low, high, title, null=null, **extra)
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: both figures and the table."""
@@ -298,26 +303,27 @@ def probe(
     """
     check_data(model, data, sites)
     _check_numbers(folds=(folds, 2), n_permuted=(n_permuted, 1), n_random=(n_random, 1))
-    if erase and not isinstance(data, PairDataset):
+    pairs = data if erase and isinstance(data, PairDataset) else None
+    if erase and pairs is None:
         raise ValueError("batches have no answers to lose; pass pairs, or erase=False")
+    if pairs is not None:  # what a sweep refuses is refused now
+        Sweep(model, pairs, sites, metric, "clean", "zero")
     table = _labels(data, labels)
     sides = SIDES[: table.shape[1]]
-    names, wide = np.unique(table, return_inverse=True)
-    wide = wide.reshape(table.shape)
-    y, group = wide.T.ravel(), np.tile(np.arange(len(wide)), wide.shape[1])
+    names, inverse = np.unique(table, return_inverse=True)
+    wide = inverse.reshape(len(table), -1)
+    y, group = wide.T.ravel(), np.tile(np.arange(len(wide)), len(sides))
     rng = np.random.default_rng(seed)
     fold = _folds(y, group, names, folds, rng)
     others = [rng.permutation(wide).T.ravel() for _ in range(n_permuted)]
-    sweep = Sweep(model, data, sites, metric, "clean") if erase else None  # what it refuses, now
     read = {"sides": sides, "batch_size": batch_size, "seed": seed}
     found = means(model, data, sites, **read)
     control = None
     if untrained:
         control = means(make_untrained(model, seed), data, sites, **read)
     swept = (None, None, None)
-    if sweep is not None:
-        assert isinstance(data, PairDataset)
-        swept = _swept(model, data, sites, metric, found, y, n_random, seed, batch_size)
+    if pairs is not None:
+        swept = _swept(model, pairs, sites, metric, found, y, n_random, seed, batch_size)
     return Probe(
         correct=torch.stack([_correct(x, y, fold, strength) for x in found]),
         permuted=torch.stack(
@@ -399,7 +405,6 @@ def _fitted(x: Tensor, y: np.ndarray, strength: float) -> Any:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-
     from threadpoolctl import threadpool_limits
 
     regression = LogisticRegression(C=strength, max_iter=5000, tol=1e-3)
@@ -457,7 +462,6 @@ def _swept(
         every += [own, *(Erase(own.mean, own.basis, u) for u in away)]
     repeated = sites.table.loc[sites.table.index.repeat(1 + n_random)].reset_index(drop=True)
     source = BySite(tuple(every))
-    limits = {"seed": seed, "batch_size": batch_size}
-    swept = Sweep(model, pairs, Sites(repeated), metric, "clean", source, **limits).run()
+    swept = Sweep(model, pairs, Sites(repeated), metric, "clean", source, seed, batch_size).run()
     values = swept.values.view(len(sites), 1 + n_random, len(pairs))
     return swept.base, values[:, 0], values[:, 1:]
