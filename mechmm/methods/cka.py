@@ -197,9 +197,8 @@ def cka(
         x = means(model, data, sites, batch_size=batch_size, seed=seed)
         y = means(second, theirs, columns, batch_size=batch_size, seed=seed)
     cross, own, others, null = _compared(x, y, size, n_permuted, seed)
-    names = tuple(one.family.architecture for one in (model, second))
-    if names[0] == names[1] and second is not model:
-        names = (names[0], f"another {names[1]}")
+    first, last = (one.family.architecture for one in (model, second))
+    names = (first, f"another {last}" if first == last and second is not model else last)
     return CKA(cross, own, others, null, sites.table, columns.table, names, min(n, size))
 
 
@@ -216,9 +215,9 @@ def _compared(
         others.append(hsic(m, m))
         orders = [torch.as_tensor(rng.permutation(k.shape[-1])) for _ in range(n_permuted)]
         permuted.append(torch.stack([hsic(k[:, None], m[None][..., o, :][..., o]) for o in orders]))
-    within = [torch.stack(column, -1) for column in (own, others)]
-    null = _ratio(torch.stack(permuted).mean(0), *(column.mean(-1) for column in within))
-    return torch.stack(cross, -1), *within, null
+    of_x, of_y = torch.stack(own, -1), torch.stack(others, -1)
+    null = _ratio(torch.stack(permuted).mean(0), of_x.mean(-1), of_y.mean(-1))
+    return torch.stack(cross, -1), of_x, of_y, null
 
 
 def _minibatches(n: int, size: int) -> list[slice]:
