@@ -39,10 +39,10 @@ class Recorded:
     """States of one site, kept in parts.
 
     Attributes:
-        parts: [place, d] of each batch. ends: places up to the end of each part.
+        parts: of each batch [place, d]. ends: places up to the end of each part.
     """
 
-    parts: list[Float[Tensor, "place d"]]
+    parts: list[Tensor]
     ends: np.ndarray
 
     @classmethod

@@ -15,9 +15,12 @@ the class means, m their example mean, and P the projection onto the span of c_k
     x <- x - P (x - m),
 
 after which all class means agree, and no linear probe of these examples beats a constant (Belrose
-et al. 2306.03819). The change of the metric stands beside that of random shifts of equal norm,
+et al. 2306.03819). Two nulls stand beside the change of the metric: random shifts of equal norm,
 
-    x <- x + |P (x - m)| u,   u a random unit vector.
+    x <- x + |P (x - m)| u,   u a random unit vector,
+
+and the same erasure with permuted labels: means of few examples differ by chance, most where states
+vary most, so that erasing any label takes something of what the states are mostly about.
 """
 
 from __future__ import annotations
@@ -70,7 +73,8 @@ class Probe(Result):
         directions: of each site, what the probe of all examples reads of each class, in units of
             the state [class, d].
         clean: the metric of the clean prompts [pair]; erased: with the classes erased at a site
-            [site, pair]; random: with random shifts [site, draw, pair]. None where not asked for.
+            [site, pair]; random: with random shifts, shuffled: with permuted classes erased
+            [site, draw, pair]. None where not asked for.
         sites: what the rows are. folds, metric: of the run.
     """
 
@@ -84,6 +88,7 @@ class Probe(Result):
     clean: Float[Tensor, " pair"] | None = field(metadata={"axis": 0})
     erased: Float[Tensor, "site pair"] | None = field(metadata={"axis": 1})
     random: Float[Tensor, "site draw pair"] | None = field(metadata={"axis": 2})
+    shuffled: Float[Tensor, "site draw pair"] | None = field(metadata={"axis": 2})
     sites: pd.DataFrame
     folds: int
     metric: str
@@ -114,7 +119,7 @@ class Probe(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per site: accuracy with its interval over pairs, that of permuted labels (mean,
         low, high), of the untrained model, and the change of the metric where the classes are
-        erased, with its interval and the range of random shifts."""
+        erased, with its interval and the ranges of random shifts and of permuted classes."""
         low, high = bootstrap_interval(self._by_group(self.correct.float()))
         permuted = self.permuted_accuracy().numpy()
         ends = np.quantile(permuted, (0.025, 0.975), axis=1)
@@ -132,22 +137,16 @@ class Probe(Result):
         return table if self.erased is None else self._with_changes(table)
 
     def _with_changes(self, table: pd.DataFrame) -> pd.DataFrame:
-        assert self.random is not None
-        assert self.clean is not None
         low, high = bootstrap_interval(self.change())
-        ends = self._random_changes().quantile(torch.tensor((0.0, 1.0)), dim=1).numpy()
-        return table.assign(
+        table = table.assign(
             change=self.change().mean(-1).numpy(),
             change_low=low.numpy(),
             change_high=high.numpy(),
-            random_low=ends[0],
-            random_high=ends[1],
         )
-
-    def _random_changes(self) -> Float[Tensor, "site draw"]:
-        assert self.random is not None
-        assert self.clean is not None
-        return (self.random - self.clean).mean(-1)
+        for name in ("random", "shuffled"):
+            changes = (getattr(self, name) - self.clean).mean(-1)
+            table[f"{name}_low"], table[f"{name}_high"] = changes.amin(1), changes.amax(1)
+        return table
 
     def _by_group(self, values: Tensor) -> Float[Tensor, "site group"]:
         """The mean of every pair: its prompts are no independent examples."""
@@ -185,11 +184,12 @@ class Probe(Result):
         table = self.to_dataframe()
         top = table.loc[table["accuracy"].sort_values(ascending=False, kind="stable").index[:SHOWN]]
         names = [f"{row.label} (reads {row.accuracy:.2f})" for row in top.itertuples()]
-        null = (float(top["random_low"].min()), float(top["random_high"].max()))
+        low, high = (top[["random_" + end, "shuffled_" + end]] for end in ("low", "high"))
+        null = (float(low.min(axis=None)), float(high.max(axis=None)))
         columns = ("change", "change_low", "change_high")
         value, low, high = (top[column].to_numpy(float) for column in columns)
         title = f"change of {self.metric} where what the probe reads is erased"
-        extra = {"value_title": "change", "null_title": "random shifts of equal norm"}
+        extra = {"value_title": "change", "null_title": "random shifts, permuted labels"}
         return plots.bars(names, value, low, high, title, null=null, **extra)
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
@@ -212,7 +212,8 @@ class Probe(Result):
             return text + ". Whether the model uses it was not tested."
         return text + (
             f". Erasing it there changes {self.metric} by {best['change']:.2f}; random shifts of "
-            f"equal norm by {best['random_low']:.2f} to {best['random_high']:.2f}."
+            f"equal norm by {best['random_low']:.2f} to {best['random_high']:.2f}, erasing "
+            f"permuted labels by {best['shuffled_low']:.2f} to {best['shuffled_high']:.2f}."
         )
 
 
@@ -289,7 +290,7 @@ def probe(
         n_permuted: probes of permuted labels per site.
         untrained: whether to probe the untrained architecture, too; it takes as much memory.
         erase: whether to erase the classes at every site of the clean prompts.
-        n_random: random shifts per site beside that.
+        n_random: random shifts, and permuted labels erased, per site beside that.
         metric: larger = more the clean answer.
         seed: of folds, permutations, the untrained weights and random shifts.
         batch_size: pairs that run together.
@@ -321,9 +322,10 @@ def probe(
     control = None
     if untrained:
         control = means(make_untrained(model, seed), data, sites, **read)
-    swept = (None, None, None)
+    swept = (None, None, None, None)
     if pairs is not None:
-        swept = _swept(model, pairs, sites, metric, found, y, n_random, seed, batch_size)
+        null = [others[i % n_permuted] for i in range(n_random)]
+        swept = _swept(model, pairs, sites, metric, found, y, null, seed, batch_size)
     return Probe(
         correct=torch.stack([_correct(x, y, fold, strength) for x in found]),
         permuted=torch.stack(
@@ -339,6 +341,7 @@ def probe(
         clean=swept[0],
         erased=swept[1],
         random=swept[2],
+        shuffled=swept[3],
         sites=sites.table,
         folds=folds,
         metric=name_of(metric),
@@ -382,7 +385,7 @@ def _folds(
 ) -> np.ndarray:
     """The fold of every example."""
     if len(names) < 2:
-        raise ValueError(f"all labels are {names[0]!r}; a probe needs two classes or more")
+        raise ValueError(f"all labels are {str(names[0])!r}; a probe needs two classes or more")
     groups = int(group.max()) + 1
     if groups < folds:
         raise ValueError(
@@ -394,8 +397,8 @@ def _folds(
         left = np.unique(y[fold != number])
         if len(left) < 2:
             raise ValueError(
-                f"without fold {number} all labels are {names[left[0]]!r}; give more examples of "
-                "the other classes"
+                f"without fold {number} all labels are {str(names[left[0]])!r}; give more examples "
+                "of the other classes"
             )
     return fold
 
@@ -448,20 +451,24 @@ def _swept(
     metric: Metric,
     found: Sequence[Tensor],
     y: np.ndarray,
-    n_random: int,
+    others: Sequence[np.ndarray],
     seed: int,
     batch_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The metric: unchanged, with the classes erased, with random shifts."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The metric: unchanged, with the classes erased, with random shifts, and with permuted
+    classes erased."""
     random = torch.Generator().manual_seed(seed)
     every: list[Erase] = []
     for x in found:
         own = _erasing(x, y)
-        away = torch.randn(n_random, x.shape[1], generator=random)
-        away /= away.norm(dim=-1, keepdim=True)
-        every += [own, *(Erase(own.mean, own.basis, u) for u in away)]
-    repeated = sites.table.loc[sites.table.index.repeat(1 + n_random)].reset_index(drop=True)
+        units = torch.randn(len(others), x.shape[1], generator=random)
+        units /= units.norm(dim=-1, keepdim=True)
+        every += [own, *(Erase(own.mean, own.basis, u) for u in units)]
+        every += [_erasing(x, labels) for labels in others]
+    each = 1 + 2 * len(others)
+    repeated = sites.table.loc[sites.table.index.repeat(each)].reset_index(drop=True)
     source = BySite(tuple(every))
     swept = Sweep(model, pairs, Sites(repeated), metric, "clean", source, seed, batch_size).run()
-    values = swept.values.view(len(sites), 1 + n_random, len(pairs))
-    return swept.base, values[:, 0], values[:, 1:]
+    values = swept.values.view(len(sites), each, len(pairs))
+    away, permuted = values[:, 1:].split(len(others), dim=1)
+    return swept.base, values[:, 0], away, permuted

@@ -90,7 +90,7 @@ def test_what_has_no_gap():
         mm.modality_gap(model, [batch])
     with pytest.raises(ValueError, match="tower 'vision' has no positions of both"):
         mm.modality_gap(model, [batch], tower="vision", close=False)
-    with pytest.raises(ValueError, match=r"layers 0\.\.2, not 7"):
+    with pytest.raises(ValueError, match=r"layers 0\.\.1, not 7"):
         mm.modality_gap(model, [batch], layers=[7], close=False)
     with pytest.raises(ValueError, match="n_shuffled is 0"):
         mm.modality_gap(model, [batch], n_shuffled=0, close=False)
