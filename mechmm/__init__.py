@@ -14,14 +14,22 @@ if TYPE_CHECKING:
     from mechmm.engine import sites
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
+    from mechmm.engine.train_sae import train_sae
     from mechmm.methods.attribution import Attribution, attribute, graph
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
+    from mechmm.methods.cka import CKA, cka
+    from mechmm.methods.dictionary import Dictionary, dictionary
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
     from mechmm.model.layout import Box, Patches, TokenLayout, Words
+    from mechmm.model.sparse import SparseAutoencoder
+    from mechmm.model.untrained import untrained
     from mechmm.results.circuit import Circuit
     from mechmm.results.graph import Graph
     from mechmm.results.report import Page
@@ -33,14 +41,22 @@ _HOME = {
     "mechmm.data.pairs": ("Pair", "PairDataset", "Prompt"),
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
+    "mechmm.engine.train_sae": ("train_sae",),
     "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
+    "mechmm.methods.cka": ("CKA", "cka"),
+    "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
     "mechmm.model.layout": ("Box", "Patches", "TokenLayout", "Words"),
+    "mechmm.model.sparse": ("SparseAutoencoder",),
+    "mechmm.model.untrained": ("untrained",),
     "mechmm.results.circuit": ("Circuit",),
     "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
@@ -49,29 +65,37 @@ _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
+    "CKA",
     "Attribution",
     "Audit",
     "Batch",
     "Box",
     "Circuit",
+    "Dictionary",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
     "OverCheckpoints",
+    "ModalityGap",
     "Page",
     "Pair",
     "PairDataset",
     "Patches",
     "Patching",
+    "Probe",
     "Prompt",
+    "SparseAutoencoder",
     "Steer",
     "Sweep",
+    "TextSpan",
     "TokenLayout",
     "Words",
     "accuracy",
     "attribute",
     "audit",
+    "cka",
     "data",
+    "dictionary",
     "faithfulness",
     "faithfulness_curve",
     "graph",
@@ -79,9 +103,14 @@ __all__ = [
     "log_prob",
     "logit_diff",
     "over_checkpoints",
+    "modality_gap",
     "patch",
     "prob",
+    "probe",
     "sites",
+    "text_span",
+    "train_sae",
+    "untrained",
 ]
 
 

@@ -16,7 +16,7 @@ from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS, spot_of
 from mechmm.engine.shelf import Keep
 from mechmm.engine.sites import Sites
-from mechmm.engine.source import Named, Source, applied
+from mechmm.engine.source import BySite, Named, Source, applied
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.tower import Tower
 
@@ -92,7 +92,11 @@ def check_choices(base: str, source: Source, state: str) -> None:
     Raises:
         ValueError: with the names there are.
     """
-    named = () if callable(source) else (("source", source, get_args(Named)),)
+    named = (
+        ()
+        if callable(source) or isinstance(source, BySite)
+        else (("source", source, get_args(Named)),)
+    )
     for what, given, known in (("base", base, BASES), ("state", state, get_args(Keep)), *named):
         check_choice(what, given, known)
 
@@ -167,7 +171,14 @@ def check_function(model: HookedMultimodal, sites: Sites, source: Source) -> Non
 
     Raises:
         InterventionError: another shape or dtype, or a need for gradients.
+        SiteError: another number of functions than sites.
     """
+    if isinstance(source, BySite):
+        if len(source.functions) != len(sites):
+            raise SiteError(f"{len(source.functions)} functions for {len(sites)} sites")
+        for number, function in enumerate(source.functions):
+            own = sites.table.iloc[[number]].reset_index(drop=True)
+            check_function(model, Sites(own), function)
     if not callable(source):
         return
     give = applied(source)

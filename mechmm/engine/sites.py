@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mechmm.engine.places import spot_of
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
 COLUMNS = ("hook", "tower", "layer", "kind", "head", "neuron", "span", "position", "count")
@@ -191,6 +192,19 @@ def patches(model: HookedMultimodal, *, layers: Iterable[int] | None = None) -> 
             "residual(model, positions=range(...), towers=['vision'])"
         )
     return residual(model, positions=range(n_ctx), towers=["vision"], layers=layers)
+
+
+def named(model: HookedMultimodal, hook: str, spans: Sequence[str] = ("all",)) -> Sites:
+    """Any hook by its name, by span.
+
+    Raises:
+        UnknownHookError: a hook that the model does not have, with the nearest names.
+    """
+    model.check_names([hook])
+    spot = spot_of(model, hook)
+    layer = spot.layer if "blocks." in hook else None
+    kind = hook.rpartition(".")[2].removeprefix("hook_")
+    return table_of([_row(hook, spot.tower, layer, kind, span) for span in spans])
 
 
 def projector(model: HookedMultimodal, spans: Sequence[str] = ("image",)) -> Sites:

@@ -24,7 +24,30 @@ Named = Literal["clean", "corrupt", "zero", "mean", "resample"]
 their clean runs; another pair's clean run."""
 Function = Callable[[Tensor], Tensor]
 """(what is at some places [place, d] or, of single neurons, [place]) -> what to put there."""
-Source = Named | Function
+
+
+@dataclass(frozen=True, eq=False)
+class BySite:
+    """A function of its own for every site, in the order of their table."""
+
+    functions: tuple[Function, ...]
+
+    def values(self, places: Places) -> Values:
+        """What every site's function makes of what is there."""
+        site = places.trial // (int(places.prompts.max()) + 1)
+        gives = [applied(function) for function in self.functions]
+
+        def give(hook: str, at: Ints, now: Tensor) -> Tensor:
+            new = torch.empty_like(now)
+            for number in np.unique(site[at]).tolist():
+                own = np.flatnonzero(site[at] == number)
+                new[own] = gives[number](hook, at[own], now[own])
+            return new
+
+        return give
+
+
+Source = Named | Function | BySite
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +104,8 @@ class Donor:
         """The values for the places that the sites have in a batch."""
         if callable(self.source):
             return applied(self.source)
+        if isinstance(self.source, BySite):
+            return self.source.values(places)
         if self.source == "zero":
             return lambda hook, at, now: torch.zeros_like(now)
         if self.source == "mean":
