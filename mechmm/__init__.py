@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from mechmm.engine.sweep import Sweep
     from mechmm.methods.attribution import Attribution, attribute, graph
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
+    from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
+    from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.patching import Patching, patch
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
@@ -35,7 +38,10 @@ _HOME = {
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
+    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
+    "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
@@ -51,13 +57,16 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "Attribution",
     "Audit",
+    "BackPatching",
     "Batch",
     "Box",
     "Circuit",
+    "EarlyExit",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
     "OverCheckpoints",
+    "Knockout",
     "Page",
     "Pair",
     "PairDataset",
@@ -71,14 +80,19 @@ __all__ = [
     "accuracy",
     "attribute",
     "audit",
+    "back_patch",
     "data",
+    "early_exit",
     "faithfulness",
     "faithfulness_curve",
     "graph",
     "kl",
+    "knockout",
+    "knockout_hooks",
     "log_prob",
     "logit_diff",
     "over_checkpoints",
+    "mediation",
     "patch",
     "prob",
     "sites",

@@ -20,7 +20,12 @@ Seen = dict[int, Bool[np.ndarray, "query key"]]
 
 
 def decoy(
-    route: Route, hidden: Hidden, finder: Located, prompt: int, causal: bool, rng: np.random.Generator
+    route: Route,
+    hidden: Hidden,
+    finder: Located,
+    prompt: int,
+    causal: bool,
+    rng: np.random.Generator,
 ) -> tuple[Hidden, str]:
     """A random route like one that hides `hidden` from a prompt, and which kind it is."""
     seen, width = _seen(route, finder, prompt, causal), hidden.keys.shape[1]
@@ -49,14 +54,12 @@ def _seen(route: Route, finder: Located, prompt: int, causal: bool) -> Seen:
     return found
 
 
-def _pool(
-    route: Route, hidden: Hidden, finder: Located, prompt: int, seen: Seen
-) -> np.ndarray:
+def _pool(route: Route, hidden: Hidden, finder: Located, prompt: int, seen: Seen) -> np.ndarray:
     """Positions of the source's kind that every reader sees and that are not the source."""
     if len(seen) != 1 or not len(hidden.query):
         return np.zeros(0, dtype=np.int64)
     (sees,) = seen.values()
-    own = hidden.keys.any(0)
+    own = np.asarray(hidden.keys.any(0))
     free = sees[hidden.query].all(0) & ~own[: len(sees)]
     if route.tower in READING:
         kind = finder.layout.modality[prompt].numpy()

@@ -27,7 +27,7 @@ from mechmm.engine.located import Located
 from mechmm.engine.places import Places, Values
 from mechmm.engine.sites import READING, SEEING, patterns
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
-from mechmm.model.layout import PADDING, SpanError, TokenLayout
+from mechmm.model.layout import PADDING, TokenLayout
 
 ARROW, AND, LESS = "->", " + ", " - "
 FORWARD = ("causal", "recurrent", "cross")
@@ -309,7 +309,7 @@ def _stacked(keys: Sequence[np.ndarray]) -> Bool[Tensor, "hidden width"]:
 
 
 def _lost(scores: Tensor) -> int | None:
-    """The first row in which no key is left [row, head, key]; a masked one has the lowest number."""
+    """The first row [row, head, key] without a key; a masked one has the lowest number."""
     none = (scores <= torch.finfo(scores.dtype).min).all(-1).any(-1)
     return int(none.int().argmax()) if bool(none.any()) else None
 

@@ -163,14 +163,14 @@ class Knockout(Result):
         )
 
     def _bars(self, table: pd.DataFrame) -> Figure:
-        names = [
-            f"{r}, layers {w}" for r, w in zip(table["route"], _named(table), strict=True)
-        ]
+        names = [f"{r}, layers {w}" for r, w in zip(table["route"], _named(table), strict=True)]
         known = table[table["null_low"].notna()]
-        null = (known["null_low"].min(), known["null_high"].max()) if len(known) else None
-        columns = (table[name].to_numpy(float) for name in ("effect", "low", "high"))
+        null = None
+        if len(known):
+            null = float(known["null_low"].min()), float(known["null_high"].max())
+        effect, low, high = (table[name].to_numpy(float) for name in ("effect", "low", "high"))
         title = f"knockout: {self.metric}, {len(self.clean)} pairs"
-        return plots.bars(names, *columns, title, null=null, null_title="random routes")
+        return plots.bars(names, effect, low, high, title, null=null, null_title="random routes")
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: every figure, and the table of cells."""
@@ -280,8 +280,8 @@ def knockout_hooks(
     for prompt in range(len(batch)):
         hidden = found.hidden(finder, prompt)
         check_left(hidden, found, model, batch.layout, (prompt, prompt))
-        for row, query, keys in zip(hidden.row.tolist(), hidden.query.tolist(), hidden.keys):
-            rows.setdefault(row, {})[query] = keys
+        for number, row in enumerate(hidden.row.tolist()):
+            rows.setdefault(row, {})[int(hidden.query[number])] = hidden.keys[number]
     if not rows:
         raise SpanError(f"route {route!r}: no prompt has positions at both of its ends")
     ours = found.tower not in ("vision", "video", "audio")
@@ -321,9 +321,7 @@ class _Plan:
         self.model, self.routes, self.n_null, self.seed = model, routes, n_null, seed
         towers = dict.fromkeys(route.tower for route in routes)
         windows = {tower: _windows(model, tower, layers, window) for tower in towers}
-        self.cells = [
-            (number, own) for number, r in enumerate(routes) for own in windows[r.tower]
-        ]
+        self.cells = [(number, own) for number, r in enumerate(routes) for own in windows[r.tower]]
 
     @property
     def count(self) -> int:
@@ -355,9 +353,7 @@ class _Plan:
         """The route of a number; those of the null come behind all."""
         return self.routes[number % len(self.routes)]
 
-    def _hidden(
-        self, batch: PairBatch
-    ) -> tuple[dict[tuple[int, int], Hidden], dict[int, str]]:
+    def _hidden(self, batch: PairBatch) -> tuple[dict[tuple[int, int], Hidden], dict[int, str]]:
         """What every route and every random one hides from every prompt, and kinds of null."""
         finder, causal = Located(batch.clean.layout), self.model.family.resume in FORWARD
         found, kinds = {}, {}
