@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
+    from mechmm.methods.direct_logit_attribution import (
+        DirectLogitAttribution,
+        direct_logit_attribution,
+    )
     from mechmm.methods.early_exit import EarlyExit, early_exit
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.patching import Patching, patch
@@ -40,6 +44,10 @@ _HOME = {
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
+    "mechmm.methods.direct_logit_attribution": (
+        "DirectLogitAttribution",
+        "direct_logit_attribution",
+    ),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.patching": ("Patching", "patch"),
@@ -61,6 +69,7 @@ __all__ = [
     "Batch",
     "Box",
     "Circuit",
+    "DirectLogitAttribution",
     "EarlyExit",
     "Faithfulness",
     "Graph",
@@ -82,6 +91,7 @@ __all__ = [
     "audit",
     "back_patch",
     "data",
+    "direct_logit_attribution",
     "early_exit",
     "faithfulness",
     "faithfulness_curve",
