@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.methods.attribution import Attribution, attribute, graph
-    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.back_patch import BackPatching, back_patch
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mechmm.methods.early_exit import EarlyExit, early_exit
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
@@ -51,6 +52,7 @@ _HOME = {
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
@@ -74,8 +76,8 @@ __all__ = [
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
-    "OverCheckpoints",
     "Knockout",
+    "OverCheckpoints",
     "Page",
     "Pair",
     "PairDataset",
@@ -83,6 +85,7 @@ __all__ = [
     "Patching",
     "Prompt",
     "Steer",
+    "SubspaceInterchange",
     "Sweep",
     "TokenLayout",
     "Words",
@@ -101,11 +104,12 @@ __all__ = [
     "knockout_hooks",
     "log_prob",
     "logit_diff",
-    "over_checkpoints",
     "mediation",
+    "over_checkpoints",
     "patch",
     "prob",
     "sites",
+    "subspace_interchange",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import unescape
+
 import numpy as np
 import pytest
 import torch
@@ -22,12 +24,12 @@ def demo():
 
 @pytest.fixture(scope="module")
 def colors(demo):
-    return shapes.color_pairs(demo, 6, seed=3)
+    return shapes.color_pairs(demo, 4, seed=3)
 
 
 @pytest.fixture(scope="module")
 def found(demo, colors):
-    return mm.knockout(demo, colors, ["object->last", "distractor->last"], window=2, n_null=2)
+    return mm.knockout(demo, colors, ["object->last", "distractor->last"], window=4, n_null=1)
 
 
 def by_hand(model, pairs, query_span, key_span, layers):
@@ -51,11 +53,11 @@ def test_cells_equal_hooks_by_hand(demo, colors, found):
         layers = range(cell["first"], cell["last"] + 1)
         expected = by_hand(demo, colors, "last", source, layers)
         torch.testing.assert_close(found.values[number], expected, atol=2e-4, rtol=0)
-    assert found.cells["first"].tolist() == [0, 1, 2, 3, 4] * 2
+    assert found.cells["first"].tolist() == [0, 1, 2] * 2
 
 
 def test_several_routes_close_together(demo, colors):
-    batch = next(colors.batches(6))
+    batch = next(colors.batches(4))
     route = "image->last + object->question - last"
     with torch.no_grad(), demo.hooks(fwd_hooks=mm.knockout_hooks(demo, batch.clean, route)):
         expected = score(demo, batch.clean, batch.answers, mm.logit_diff)
@@ -80,15 +82,15 @@ def test_answers_of_several_tokens_read_as_the_last_position(demo):
 
 
 def test_without_its_routes_from_the_picture_the_model_cannot_tell_pictures_apart(demo):
-    pairs = shapes.pairs(demo, "where", 12, seed=3)
+    pairs = shapes.pairs(demo, "where", 8, seed=3)
     both = mm.knockout(demo, pairs, "image->question", n_null=0)
-    batch = next(pairs.batches(12))
+    batch = next(pairs.batches(8))
     hooks = mm.knockout_hooks(demo, batch.corrupt, "image->question")
     with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
         corrupt = score(demo, batch.corrupt, batch.answers, mm.logit_diff)
     torch.testing.assert_close(both.values[0], corrupt, atol=1e-3, rtol=0)
     routes = ["image->question", "object->question", "distractor->last", "distractor->question"]
-    seen = mm.knockout(demo, pairs, routes, metric=mm.accuracy, n_null=2).to_dataframe()
+    seen = mm.knockout(demo, pairs, routes, metric=mm.accuracy, n_null=1).to_dataframe()
     value = seen.set_index("route")["value"]
     assert value["image->question"] <= 0.25  # at random 1 of 16 cells
     assert value["object->question"] <= 0.25
@@ -98,7 +100,7 @@ def test_without_its_routes_from_the_picture_the_model_cannot_tell_pictures_apar
 
 
 def test_direct_and_mediated_ways_are_told_apart(demo):
-    pairs = shapes.pairs(demo, "where", 8, seed=3)
+    pairs = shapes.pairs(demo, "where", 3, seed=3)
     found = mm.knockout(demo, pairs, mm.mediation(), n_null=0)
     paths = found.paths()
     effects = found.to_dataframe()["effect"]
@@ -123,32 +125,25 @@ def test_effects_and_tables_follow_from_values(found, demo, colors):
     checked = colors.check()
     np.testing.assert_allclose(found.clean, checked["clean_logit_diff"], atol=1e-4)
     np.testing.assert_allclose(found.corrupt, checked["corrupt_logit_diff"], atol=1e-4)
-    assert len(found.null) == 2 * len(found.cells)
+    assert len(found.null) == len(found.cells)
     assert set(found.null_cells["kind"]) == {"positions"}
     assert table["null_low"].le(table["null_high"]).all()
 
 
 def test_results_do_not_depend_on_batches_and_survive_saving(found, demo, colors, tmp_path):
     again = mm.knockout(
-        demo, colors, ["object->last", "distractor->last"], window=2, n_null=2, batch_size=2
+        demo, colors, ["object->last", "distractor->last"], window=4, n_null=1, batch_size=2
     )
     torch.testing.assert_close(again.values, found.values, atol=2e-4, rtol=0)
     torch.testing.assert_close(again.null, found.null, atol=2e-4, rtol=0)
     assert Result.load(found.save(tmp_path / "knockout")).equals(found)
-    assert concat([found, found]).values.shape == (10, 12)
+    assert concat([found, found]).values.shape == (6, 8)
 
 
 def test_figures_show_every_route_over_its_null(found, demo, colors):
     (figure,) = found.plot().values()
-    assert {trace.name for trace in figure.data} == {
-        "object-&gt;last",
-        "distractor-&gt;last",
-        "random routes",
-    } or {trace.name for trace in figure.data} == {
-        "object->last",
-        "distractor->last",
-        "random routes",
-    }
+    names = {unescape(trace.name) for trace in figure.data}
+    assert names == {"object->last", "distractor->last", "random routes"}
     single = mm.knockout(demo, colors[:2], ["object->last", "vision.object->image"], n_null=1)
     assert set(single.plot()) == {"routes"}
     assert single.page("Knockout").html().count("object") > 0
