@@ -42,6 +42,7 @@ from mechmm.engine.checks import check_limits, check_model, check_pairs, check_s
 from mechmm.engine.estimate import constant
 from mechmm.engine.located import Located
 from mechmm.engine.places import spot_of
+from mechmm.engine.sites import SEEING
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.untrained import untrained
 from mechmm.results import plots
@@ -235,7 +236,7 @@ class _Case:
                     f"pair {number}: span {span!r} covers {len(places)} positions at {self.hook}; "
                     "an interchange needs one, such as 'last'"
                 )
-            seen = tower in ("vision", "video", "audio")
+            seen = tower in SEEING
             found.append(int(places[0, 1]) - (0 if seen else layout.shape[1]))
         return torch.tensor(found)
 

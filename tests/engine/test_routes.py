@@ -33,7 +33,6 @@ ROUTES = (
     "patch->last + last->last",
     "vision.patch->image",
 )
-LANGUAGE_ONLY = ROUTES[:3]
 
 
 @cache
