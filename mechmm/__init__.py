@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
     from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.text_span import TextSpan, text_span
+    from mechmm.methods.direct_logit_attribution import (
+        DirectLogitAttribution,
+        direct_logit_attribution,
+    )
+    from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
+    from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
@@ -44,6 +53,7 @@ _HOME = {
     "mechmm.engine.train_sae": ("train_sae",),
     "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
+    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
@@ -51,6 +61,14 @@ _HOME = {
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
+    "mechmm.methods.direct_logit_attribution": (
+        "DirectLogitAttribution",
+        "direct_logit_attribution",
+    ),
+    "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
+    "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
@@ -68,13 +86,17 @@ __all__ = [
     "CKA",
     "Attribution",
     "Audit",
+    "BackPatching",
     "Batch",
     "Box",
     "Circuit",
     "Dictionary",
+    "DirectLogitAttribution",
+    "EarlyExit",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
+    "Knockout",
     "OverCheckpoints",
     "ModalityGap",
     "Page",
@@ -86,6 +108,7 @@ __all__ = [
     "Prompt",
     "SparseAutoencoder",
     "Steer",
+    "SubspaceInterchange",
     "Sweep",
     "TextSpan",
     "TokenLayout",
@@ -96,12 +119,19 @@ __all__ = [
     "cka",
     "data",
     "dictionary",
+    "back_patch",
+    "data",
+    "direct_logit_attribution",
+    "early_exit",
     "faithfulness",
     "faithfulness_curve",
     "graph",
     "kl",
+    "knockout",
+    "knockout_hooks",
     "log_prob",
     "logit_diff",
+    "mediation",
     "over_checkpoints",
     "modality_gap",
     "patch",
@@ -111,6 +141,7 @@ __all__ = [
     "text_span",
     "train_sae",
     "untrained",
+    "subspace_interchange",
 ]
 
 

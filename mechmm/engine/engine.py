@@ -39,6 +39,8 @@ class Engine:
             short trial.
         shelf: where recorded activations are kept.
         reuse: whether to record any.
+        kept: of the hooks, those whose values are recorded; None: all. Trials that begin behind
+            the attention of a block, or behind the block, need theirs.
 
     Attributes:
         recording: the run of the unchanged prompts.
@@ -55,12 +57,13 @@ class Engine:
         tokens: int | None = None,
         shelf: Shelf | None = None,
         reuse: bool = True,
+        kept: Sequence[str] | None = None,
     ) -> None:
         self.model, self.batch, self.rows = model, batch, rows
         self.spots = {hook: spot_of(model, hook) for hook in dict.fromkeys(hooks)}
         with torch.no_grad():
             towers = self._frozen_towers() if reuse else []
-            names = list(self.spots) if reuse else []
+            names = list(self.spots if kept is None else kept) if reuse else []
             behind = [spot for spot in self.spots.values() if spot.entry != Entry.WHOLE]
             found = record(model, batch, wanted, names, towers, behind, blocks=reuse)
             self.head = head_of(model, found, rows) if found.blocks else None

@@ -61,7 +61,7 @@ class Writer:
         """What the writers wrote at some places in one run."""
         if self.group.kind != "heads":
             return self._whole(values[self.hooks[0]][at], at)[None]
-        return self._carried(self.heads(self._z(values, at), bias=True))
+        return self.carried(self.heads(self.z(values, at), bias=True))
 
     def change(
         self, clean: Values, corrupt: Values, at: At
@@ -72,8 +72,8 @@ class Writer:
             return self._whole(clean[first][at].float() - corrupt[first][at].float(), at)[None]
         if self._post is not None:
             return self.of(clean, at) - self.of(corrupt, at)
-        difference = self._z(clean, at) - self._z(corrupt, at)
-        return self._carried(self.heads(difference, bias=False))
+        difference = self.z(clean, at) - self.z(corrupt, at)
+        return self.carried(self.heads(difference, bias=False))
 
     def _whole(self, value: Tensor, at: At) -> Tensor:
         """The part of the tokens or of pictures in what enters the stream."""
@@ -86,13 +86,15 @@ class Writer:
             return torch.ones((), dtype=torch.bool, device=value.device)
         return (self.seen == (self.group.kind == "projector"))[..., None].to(value.device)
 
-    def _z(self, values: Values, at: At) -> Float[Tensor, "place head d_head"]:
+    def z(self, values: Values, at: At) -> Float[Tensor, "place head d_head"]:
+        """What the heads give at some places, gated where the model gates it."""
         z = values[self.hooks[0]][at].float()
         if self.tower.row.q_gate and self.group.part == "attn":
             z = z * values[self.hooks[1]][at].float().sigmoid()
         return z
 
     def heads(self, z: Tensor, *, bias: bool) -> Float[Tensor, "head place d_model"]:
+        """What each head's z [place, head, d_head] gives behind the output projection."""
         crossing = "cross_" if self.group.part == "cross_attn" else ""
         weight = self.tower.weight("W_O", self.group.layer, crossing)
         assert weight is not None
@@ -106,7 +108,7 @@ class Writer:
         path = self.tower.row.ln1_post if self.group.part == "attn" else None
         return self.tower.module(path, self.group.layer)
 
-    def _carried(self, heads: Tensor) -> Tensor:
+    def carried(self, heads: Tensor) -> Tensor:
         """What lies between the output projection and the stream."""
         if self._post is not None:
             return _normed(heads, self._post, self.tower)
@@ -114,16 +116,17 @@ class Writer:
 
     def with_gain(self, values: Values) -> Writer:
         """The same, with the gain that a run shows: it is read where each channel is largest."""
-        if self.group.kind != "heads" or self._post is not None or not self._scaled:
+        if self.group.kind != "heads" or self._post is not None or not self.scaled:
             return self
         z, out = values[self.hooks[0]], values[self.hooks[-1]].flatten(0, 1).float()
-        before = self.heads(self._z(values, grid(z)), bias=True).sum(0)
+        before = self.heads(self.z(values, grid(z)), bias=True).sum(0)
         largest = before.abs().argmax(0, keepdim=True)
         gain = (out.gather(0, largest) / before.gather(0, largest))[0].nan_to_num()
         return replace(self, gain=gain)
 
     @property
-    def _scaled(self) -> bool:
+    def scaled(self) -> bool:
+        """Whether something multiplies what attention gives, channel by channel."""
         return self.hooks[-1].endswith("attn_out")
 
 

@@ -1,6 +1,6 @@
 """TextSpan: which texts span what an attention head adds to the representation of pictures?
 
-A picture's representation is a sum of direct shares of heads and MLPs (`mechmm.engine.direct`). For
+A picture's representation is a sum of direct shares of heads and MLPs (`mechmm.engine.shares`). For
 one head, with C [image, d] its shares less their mean and R [text, d] the embeddings of texts
 projected onto the row space of C, the basis is chosen greedily:
 
@@ -31,7 +31,7 @@ from jaxtyping import Float, Int
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.engine.direct import direct
+from mechmm.engine.shares import direct
 from mechmm.engine.embeddings import check_dual, embeddings
 from mechmm.engine.record import values
 from mechmm.model.batch import Batch

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechmm.results.canvas import COLORS, HEAD, INK, Canvas
 from mechmm.results.curves import curves
+from mechmm.results.lines import lines
 from mechmm.results.maps import heat_map, tower_maps
 from mechmm.results.overlay import patch_overlay
 from mechmm.results.store import write_whole
@@ -34,7 +35,16 @@ from mechmm.results.values import (
     pixels,
 )
 
-__all__ = ["COLORS", "bars", "curves", "heat_map", "patch_overlay", "save_png", "tower_maps"]
+__all__ = [
+    "COLORS",
+    "bars",
+    "curves",
+    "heat_map",
+    "lines",
+    "patch_overlay",
+    "save_png",
+    "tower_maps",
+]
 
 Vector: TypeAlias = Shaped[Tensor, " bar"] | Shaped[np.ndarray, " bar"] | Sequence[Any]
 

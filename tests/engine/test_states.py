@@ -9,7 +9,7 @@ import mechmm as mm
 from mechmm.data import shapes
 from mechmm.engine.boxes import box_of
 from mechmm.engine.checks import SiteError
-from mechmm.engine.direct import direct
+from mechmm.engine.shares import direct
 from mechmm.engine.sites import Sites
 from mechmm.engine.source import BySite
 from mechmm.engine.states import means, states

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import mechmm as mm
-from mechmm.engine.direct import direct
+from mechmm.engine.shares import direct
 from mechmm.methods.text_span import basis
 from mechmm.results.result import Result
 from mechmm.testing import tiny
