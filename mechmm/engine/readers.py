@@ -66,17 +66,21 @@ class Reader:
         new = self._single(flow)
         self.dense = new if self.dense is None else self.dense + new
 
-    def at(self, at: At) -> Float[Tensor, "reader place d_model"]:
-        """The mean slope at some places."""
+    def at(
+        self, at: At, out: Float[Tensor, "reader place d_model"]
+    ) -> Float[Tensor, "reader place d_model"]:
+        """The mean slope at some places, written into `out`."""
+        own = self.dense if self.dense is not None else self.heads[0]
+        if out.device != own.device:
+            return out.copy_(self.at(at, torch.empty_like(out, device=own.device)))
         if self.dense is not None:
-            return self.dense[at][None] / self.runs
-        parts = [
-            torch.bmm(slope[at].transpose(0, 1), weight.transpose(1, 2))
-            for weight, slope in zip(self._weights(), self.heads, strict=True)
-        ]
-        out = torch.cat(parts[:3])
-        for slot, part in zip(self.slots()[3:], parts[3:], strict=True):
-            out[slot] += part
+            return torch.div(self.dense[at], self.runs, out=out[0])[None]
+        for number, (slot, weight) in enumerate(zip(self.slots(), self._weights(), strict=True)):
+            slope = self.heads[number][at].transpose(0, 1)
+            if number < 3:
+                torch.bmm(slope, weight, out=out[slot])
+            else:  # a gate, read by its query
+                out[slot] += torch.bmm(slope, weight)
         for xhat, factor in self.terms:
             out.addcmul_(factor[at].T[:, :, None], xhat[at][None], value=-1)
         return out.div_(self.runs) if self.runs > 1 else out
@@ -141,18 +145,18 @@ class Reader:
         module = self.tower.module(path, self.group.layer)
         return module, row.norm if module is None else norm_kind(module, row.norm)
 
-    def _weights(self) -> list[Float[Tensor, "head d_model d_head"]]:
-        """The projections with the norm's weight and centring folded in."""
+    def _weights(self) -> list[Float[Tensor, "head d_head d_model"]]:
+        """The projections' transposes with the norm's weight and centring folded in."""
         module, kind = self._norm()
         found = []
         for _, letter in self.projections():
             weight = self.tower.weight(f"W_{letter}", self.group.layer, self._prefix())
             assert weight is not None
-            weight = weight.float()
+            weight = weight.transpose(1, 2).float()
             if module is not None:
-                weight = weight * weight_of(module, kind, weight.transpose(1, 2))[:, None]
+                weight = weight * weight_of(module, kind, weight)
             if module is not None and kind == "layer":
-                weight = weight - weight.mean(1, keepdim=True)
+                weight = weight - weight.mean(-1, keepdim=True)
             found.append(weight)
         return found
 
