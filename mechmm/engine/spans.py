@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mechmm.data.pairs import PairDataset
 from mechmm.engine.located import Located, tower_rows
 from mechmm.engine.sites import READING
 from mechmm.model.layout import PADDING, SpanError, TokenLayout
@@ -17,6 +18,35 @@ from mechmm.results.graph import REST
 
 Places = dict[str, list[list[np.ndarray]]]
 """By tower: for every example and span, (row, position) of every place."""
+
+POSITIONS = "positions"
+"""In place of names: every position is a span of its own."""
+
+
+def span_names(
+    spans: Sequence[str] | str, pairs: PairDataset, batch_size: int = 16
+) -> tuple[str, ...]:
+    """Names of spans; those of all positions for `"positions"`.
+
+    Raises:
+        SpanError: another single word; pairs of different lengths for `"positions"`.
+    """
+    if not isinstance(spans, str):
+        return tuple(spans)
+    if spans != POSITIONS:
+        raise SpanError(
+            f"spans is the word {spans!r}; give a list of names, or {POSITIONS!r} for every "
+            "position on its own"
+        )
+    real = (batch.clean.layout.modality != PADDING for batch in pairs.batches(batch_size))
+    lengths = [length for mask in real for length in mask.sum(-1).tolist()]
+    for pair, length in enumerate(lengths):
+        if length != lengths[0]:
+            raise SpanError(
+                f"pair {pair} has {length} positions, pair 0 has {lengths[0]}: positions are spans "
+                "of their own only for pairs of one length; select these, or name spans"
+            )
+    return tuple(map(str, range(lengths[0])))
 
 
 def places_of(layout: TokenLayout, towers: Sequence[str], spans: Sequence[str]) -> Places:
