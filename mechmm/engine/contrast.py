@@ -18,8 +18,8 @@ from torch import Tensor
 from mechmm.data.metrics import Answers, Metric, prepared, readings
 from mechmm.data.metrics import Reading as Part
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.edges import Places, places_of
 from mechmm.engine.flow import Flow, hooks_of, slopes, values
+from mechmm.engine.spans import Places, places_of
 from mechmm.engine.splice import Splice, stream_at
 from mechmm.engine.wiring import Wiring
 from mechmm.engine.writers import Values, Writer, writers_of

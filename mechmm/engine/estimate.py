@@ -105,7 +105,7 @@ def check_gradient(
 
 
 def _has_gradient(model: HookedMultimodal, pairs: PairDataset, metric: Metric) -> bool:
-    answers = next(iter(pairs.batches(1))).answers
+    answers = Answers.of(model, [pairs[0].answer], [pairs[0].foil])
     if not answers.single:
         return True  # there are rules of our own alone
     random = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -66,17 +67,21 @@ class Reader:
         new = self._single(flow)
         self.dense = new if self.dense is None else self.dense + new
 
-    def at(self, at: At) -> Float[Tensor, "reader place d_model"]:
-        """The mean slope at some places."""
+    def at(
+        self, at: At, out: Float[Tensor, "reader place d_model"]
+    ) -> Float[Tensor, "reader place d_model"]:
+        """The mean slope at some places, written into `out`."""
+        own = self.dense if self.dense is not None else self.heads[0]
+        if out.device != own.device:
+            return out.copy_(self.at(at, torch.empty_like(out, device=own.device)))
         if self.dense is not None:
-            return self.dense[at][None] / self.runs
-        parts = [
-            torch.bmm(slope[at].transpose(0, 1), weight.transpose(1, 2))
-            for weight, slope in zip(self._weights(), self.heads, strict=True)
-        ]
-        out = torch.cat(parts[:3])
-        for slot, part in zip(self.slots()[3:], parts[3:], strict=True):
-            out[slot] += part
+            return torch.div(self.dense[at], self.runs, out=out[0])[None]
+        for number, (slot, weight) in enumerate(zip(self._slots, self._weights(), strict=True)):
+            slope = self.heads[number][at].transpose(0, 1)
+            if number < 3:
+                torch.bmm(slope, weight, out=out[slot])
+            else:  # a gate, read by its query
+                out[slot] += torch.bmm(slope, weight)
         for xhat, factor in self.terms:
             out.addcmul_(factor[at].T[:, :, None], xhat[at][None], value=-1)
         return out.div_(self.runs) if self.runs > 1 else out
@@ -98,12 +103,25 @@ class Reader:
         letters = {"heads": "QKVG", "queries": "Q", "states": "KV"}[self.group.kind]
         return list(zip(slopes_at(self.model, self.group), letters, strict=False))
 
+    @cached_property
+    def _parameters(self) -> list[tuple[Float[Tensor, "head d_model d_head"], Tensor | None]]:
+        """Weight and bias of every projection, as views."""
+        found = []
+        for _, letter in self.projections():
+            names = (f"{kind}_{letter}" for kind in "Wb")
+            weight, bias = (self.tower.weight(n, self.group.layer, self._prefix()) for n in names)
+            assert weight is not None
+            found.append((weight, bias))
+        return found
+
     def slots(self) -> list[slice]:
         """Which readers of the group every projection belongs to; a gate is read by its query."""
+        return self._slots
+
+    @cached_property
+    def _slots(self) -> list[slice]:
         found, first = [], 0
-        for _, letter in self.projections():
-            weight = self.tower.weight(f"W_{letter}", self.group.layer, self._prefix())
-            assert weight is not None
+        for (_, letter), (weight, _) in zip(self.projections(), self._parameters, strict=True):
             start = 0 if letter == "G" else first
             found.append(slice(start, start + len(weight)))
             first = max(first, start + len(weight))
@@ -122,10 +140,7 @@ class Reader:
         which read the same."""
         module, _ = self._norm()
         normed = x if module is None else module(x)
-        letter = self.projections()[half][1]
-        weight = self.tower.weight(f"W_{letter}", self.group.layer, self._prefix())
-        bias = self.tower.weight(f"b_{letter}", self.group.layer, self._prefix())
-        assert weight is not None
+        weight, bias = self._parameters[half]
         weight = weight if heads is None else weight[heads]
         given = torch.matmul(normed, weight).transpose(0, 1)
         if bias is None:
@@ -141,18 +156,16 @@ class Reader:
         module = self.tower.module(path, self.group.layer)
         return module, row.norm if module is None else norm_kind(module, row.norm)
 
-    def _weights(self) -> list[Float[Tensor, "head d_model d_head"]]:
-        """The projections with the norm's weight and centring folded in."""
+    def _weights(self) -> list[Float[Tensor, "head d_head d_model"]]:
+        """The projections' transposes with the norm's weight and centring folded in."""
         module, kind = self._norm()
         found = []
-        for _, letter in self.projections():
-            weight = self.tower.weight(f"W_{letter}", self.group.layer, self._prefix())
-            assert weight is not None
-            weight = weight.float()
+        for weight, _ in self._parameters:
+            weight = weight.transpose(1, 2).float()
             if module is not None:
-                weight = weight * weight_of(module, kind, weight.transpose(1, 2))[:, None]
+                weight = weight * weight_of(module, kind, weight)
             if module is not None and kind == "layer":
-                weight = weight - weight.mean(1, keepdim=True)
+                weight = weight - weight.mean(-1, keepdim=True)
             found.append(weight)
         return found
 
@@ -163,12 +176,12 @@ class Reader:
             centred, scale = moments(self._entered(flow), module, kind)  # type: ignore[arg-type]
             given = [flow.values[hook].float() for hook, _ in self.projections()]
             products = [
-                ((value - self._bias(letter)) * slope).sum(-1)
-                for (_, letter), value, slope in zip(self.projections(), given, slopes, strict=True)
+                ((value if start is None else value - start) * slope).sum(-1)
+                for start, value, slope in zip(self._starts(module), given, slopes, strict=True)
             ]
             xhat = centred / scale
             total = torch.cat(products[:3], dim=-1)
-            for slot, product in zip(self.slots()[3:], products[3:], strict=True):
+            for slot, product in zip(self._slots[3:], products[3:], strict=True):
                 total[..., slot] += product
             factors = total / (scale * xhat.shape[-1])
             self.terms.append((xhat, factors))
@@ -179,17 +192,14 @@ class Reader:
     def _entered(self, flow: Flow) -> Tensor:
         return flow.values[f"{stem(self.model, self.group)}.hook_resid_pre"]
 
-    def _bias(self, letter: str) -> Tensor | float:
-        """What a projection gives of a normalised value of zero [head, d_head]."""
-        module, _ = self._norm()
-        own = self.tower.weight(f"b_{letter}", self.group.layer, self._prefix())
-        bias: Tensor | float = 0.0 if own is None else own.float()
+    def _starts(self, module: nn.Module) -> list[Float[Tensor, "head d_head"] | None]:
+        """What every projection gives of a normalised value of zero."""
         shift: Tensor | None = getattr(module, "bias", None)
         if shift is None:
-            return bias
-        weight = self.tower.weight(f"W_{letter}", self.group.layer, self._prefix())
-        assert weight is not None
-        return bias + torch.einsum("hde,d->he", weight.float(), shift.detach().float())
+            return [None if bias is None else bias.float() for _, bias in self._parameters]
+        moved = [shift.detach().float() @ weight.float() for weight, _ in self._parameters]
+        biases = [bias for _, bias in self._parameters]
+        return [m if b is None else m + b for m, b in zip(moved, biases, strict=True)]
 
     # Single readers ----------------------------------------------------------------------------
 

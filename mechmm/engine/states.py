@@ -116,7 +116,7 @@ def states(
         own = places.chosen(places.trial // len(batch) == site)
         hook = places.hooks[own.hook[0]]
         tensor = found[hook]
-        value = tensor[index(hook, own.row, own.position, own.part, tensor.device)]
+        value = tensor[index(hook, own.row, own.position, own.part, tensor)]
         wide = value.to("cpu", torch.promote_types(value.dtype, torch.float32)).reshape(
             len(own), -1
         )

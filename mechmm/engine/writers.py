@@ -26,7 +26,7 @@ from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.taps import moments, norm_kind
 from mechmm.model.tower import Tower
 
-At = tuple[Int[Tensor, " place"], Int[Tensor, " place"]]
+At = tuple[Int[Tensor, " place"], Int[Tensor, " place"]] | tuple[int, slice]
 """Rows and positions of some places of a stream."""
 Values = Mapping[str, Tensor]
 """Values of hooks [row, pos, ...]."""
@@ -64,16 +64,28 @@ class Writer:
         return self.carried(self.heads(self.z(values, at), bias=True))
 
     def change(
-        self, clean: Values, corrupt: Values, at: At
+        self,
+        clean: Values,
+        corrupt: Values,
+        at: At,
+        out: Float[Tensor, "writer place d_model"] | None = None,
     ) -> Float[Tensor, "writer place d_model"]:
-        """What they wrote at some places in the clean run, less what they wrote in the other."""
+        """What they wrote at some places in the clean run, less what they wrote in the other.
+
+        Args:
+            out: where it is written, if given.
+        """
+        first = self.hooks[0]
+        if out is not None and out.device != clean[first].device:
+            return out.copy_(self.change(clean, corrupt, at))
         if self.group.kind != "heads":
-            first = self.hooks[0]
-            return self._whole(clean[first][at].float() - corrupt[first][at].float(), at)[None]
+            difference = self._whole(clean[first][at].float() - corrupt[first][at].float(), at)
+            return difference[None] if out is None else out.copy_(difference)
         if self._post is not None:
-            return self.of(clean, at) - self.of(corrupt, at)
+            return torch.sub(self.of(clean, at), self.of(corrupt, at), out=out)
         difference = self.z(clean, at) - self.z(corrupt, at)
-        return self.carried(self.heads(difference, bias=False))
+        made = torch.bmm(difference.transpose(0, 1), self._weight.float(), out=out)
+        return made if self.gain is None else made.mul_(self.gain)
 
     def _whole(self, value: Tensor, at: At) -> Tensor:
         """The part of the tokens or of pictures in what enters the stream."""
@@ -95,12 +107,19 @@ class Writer:
 
     def heads(self, z: Tensor, *, bias: bool) -> Float[Tensor, "head place d_model"]:
         """What each head's z [place, head, d_head] gives behind the output projection."""
-        crossing = "cross_" if self.group.part == "cross_attn" else ""
-        weight = self.tower.weight("W_O", self.group.layer, crossing)
-        assert weight is not None
-        out = torch.bmm(z.transpose(0, 1), weight.float())
-        b = self.tower.weight("b_O", self.group.layer, crossing) if bias else None
+        out = torch.bmm(z.transpose(0, 1), self._weight.float())
+        b = self.tower.weight("b_O", self.group.layer, self._crossing) if bias else None
         return out if b is None else out + b.float() / len(out)
+
+    @property
+    def _crossing(self) -> str:
+        return "cross_" if self.group.part == "cross_attn" else ""
+
+    @property
+    def _weight(self) -> Float[Tensor, "head d_head d_model"]:
+        weight = self.tower.weight("W_O", self.group.layer, self._crossing)
+        assert weight is not None
+        return weight
 
     @cached_property
     def _post(self) -> nn.Module | None:

@@ -40,6 +40,7 @@ from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
 from mechmm.engine.readers import Reader
+from mechmm.engine.spans import span_names
 from mechmm.engine.wiring import Group, wired
 from mechmm.engine.writers import Writer
 from mechmm.model.hooked import HookedMultimodal
@@ -181,7 +182,7 @@ def attribute(
     model: HookedMultimodal,
     pairs: PairDataset,
     *,
-    spans: Sequence[str] = (),
+    spans: Sequence[str] | str = (),
     method: str = "eap-ig-inputs",
     metric: Metric = logit_diff,
     steps: int = 5,
@@ -192,7 +193,8 @@ def attribute(
     """Score every edge of a model's circuit graph, vision tower to logits.
 
     Args:
-        spans: names that tell positions apart (each edge then once per span).
+        spans: names that tell positions apart (each edge then once per span); a plain number is a
+            position, and the word `"positions"` stands for all of them, each a span of its own.
         method: see above.
         metric: with a gradient.
         steps: runs of integrated gradients.
@@ -204,12 +206,12 @@ def attribute(
     Raises:
         ValueError: an unknown method or target; no steps; a metric without a gradient.
         StreamError: a model whose residual stream is no sum of what its components write.
-        SpanError: a span that the pairs do not have.
+        SpanError: a span that the pairs do not have; pairs of different lengths, split by position.
     """
     _check(method, target, steps)
     if method not in ("exact", "random"):
         check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
-    wiring = wired(model, spans)
+    wiring = wired(model, span_names(spans, pairs, batch_size))
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
@@ -219,12 +221,13 @@ def attribute(
             shape = (len(parts[0].indices), len(wiring.graph))
             rows.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
         else:
-            rows.append(torch.stack([_scores(part, method, steps) for part in parts]).sum(0))
+            rows.append(_total([_scores(part, method, steps) for part in parts]))
         ends.append(_ends(parts))
     clean, reference = (torch.cat(column) for column in zip(*ends, strict=True))
     name = name_of(metric)
     made = steps if "ig" in method else 1
-    return Attribution(wiring.graph, torch.cat(rows), clean, reference, method, name, target, made)
+    scores = torch.cat(rows) if len(rows) > 1 else rows[0]
+    return Attribution(wiring.graph, scores, clean, reference, method, name, target, made)
 
 
 def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
@@ -247,6 +250,11 @@ def _check(method: str, target: str, steps: int) -> None:
         raise ValueError(f"no prompt gives the target {target!r}; use eap or eap-ig-inputs")
     if steps < 1:
         raise ValueError(f"steps is {steps}; integrated gradients need at least one")
+
+
+def _total(scores: Sequence[Tensor]) -> Float[Tensor, "example edge"]:
+    """The sum over readings, without a copy where there is one."""
+    return sum(scores[1:], scores[0])
 
 
 def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:

@@ -294,19 +294,25 @@ class TokenLayout:
             silent = ((i, v) for i, m in enumerate(media) if not m.tokens for v in m.views)
             found = [(starts[i] + r, p) for i, v in silent for r, p in _patches(v)]
         for position in self.positions(span, prompt):
-            image, number = int(self.image[prompt, position]), int(self.view[prompt, position])
-            if image < 0:
-                continue
-            view = media[image].views[number]
-            row, column = int(self.row[prompt, position]), int(self.column[prompt, position])
-            if row >= 0:
-                made_of = view.sources[row * view.columns + column].tolist()
-            elif all(cell == NOWHERE for cell in view.cells):
-                made_of = _patches(view)
-            else:
-                continue
-            found += [(starts[image] + r, p) for r, p in made_of]
+            found += self.made_of(position, prompt)
         return list(dict.fromkeys(found))
+
+    def made_of(self, position: int, prompt: int = 0) -> list[tuple[int, int]]:
+        """(row, position) in the vision tower of every patch that one position was made of, as
+        `vision_positions` counts them."""
+        media, image = self.media[prompt], int(self.image[prompt, position])
+        if image < 0:
+            return []
+        view = media[image].views[int(self.view[prompt, position])]
+        row, column = int(self.row[prompt, position]), int(self.column[prompt, position])
+        if row >= 0:
+            found = view.sources[row * view.columns + column].tolist()
+        elif all(cell == NOWHERE for cell in view.cells):
+            found = _patches(view)
+        else:
+            return []
+        start = sum(medium.tower_rows for medium in media[:image])
+        return [(start + r, p) for r, p in found]
 
     def __str__(self) -> str:
         """A table of runs of positions: prompt, positions, modality, place, spans, tokens."""

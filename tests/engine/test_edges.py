@@ -11,6 +11,7 @@ from mechmm.engine.splice import stream_at
 from mechmm.engine.wiring import StreamError, wired
 from mechmm.model.families import FAMILIES
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.layout import PADDING, SpanError
 from mechmm.testing import RECIPES, tiny_hf
 from mechmm.testing.edges import EdgeReference
 
@@ -71,8 +72,9 @@ def test_scores_of_spans_add_up_to_those_of_the_whole(family):
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3"])
-def test_cutting_every_span_of_an_edge_is_cutting_the_edge(family):
-    whole, split = Contrasted(family), Contrasted(family, ("image", "last"))
+@pytest.mark.parametrize("spans", [("image", "last"), tuple("0123456")])
+def test_cutting_every_span_of_an_edge_is_cutting_the_edge(family, spans):
+    whole, split = Contrasted(family), Contrasted(family, spans)
     random = torch.Generator().manual_seed(0)
     masks = [
         (torch.rand(b.shape[1:], generator=random) < 0.7).float() for b in whole.wiring.graph.blocks
@@ -83,6 +85,37 @@ def test_cutting_every_span_of_an_edge_is_cutting_the_edge(family):
     wanted = whole.contrast.splice().run([mask[None] for mask in masks])
     assert torch.allclose(found, wanted, atol=1e-5)
     assert not torch.allclose(found, whole.contrast.clean.metric, atol=1e-2)
+
+
+def positions_of(case: Contrasted) -> list[int]:
+    """How many positions every prompt has."""
+    return (case.batches[0].layout.modality != PADDING).sum(-1).tolist()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "llava_next"])
+def test_scores_of_positions_are_those_of_spans_that_are_one_position(family):
+    lengths = positions_of(whole := Contrasted(family))
+    names = tuple(map(str, range(min(lengths))))
+    split, last = Contrasted(family, names), Contrasted(family, ("last",))
+    single, several, ends = (
+        case.wiring.graph.by_block(case.scores().numpy()) for case in (whole, split, last)
+    )
+    scale = max(abs(part).max() for part in single)
+    shortest = lengths.index(min(lengths))
+    for block, one, parts, end in zip(
+        whole.wiring.graph.blocks, single, several, ends, strict=True
+    ):
+        assert parts.shape[1] == len(names) + 1
+        assert abs(parts.sum(1) - one[:, 0]).max() < 1e-4 * scale
+        if block.tower == "language":
+            assert abs(parts[shortest, -2] - end[shortest, 0]).max() < 1e-4 * scale
+            assert abs(parts[shortest, -2]).max() > 0
+
+
+def test_a_position_that_a_prompt_has_not_is_refused():
+    case = Contrasted("llava", ("1000",))
+    with pytest.raises(SpanError, match=r"prompt 0 has \d+ positions, and none with the number"):
+        case.scores()
 
 
 @pytest.mark.parametrize("family", NO_EDGES)
