@@ -44,11 +44,12 @@ from mechmm.engine.wiring import Group, wired
 from mechmm.engine.writers import Writer
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
-from mechmm.results.circuit import Circuit, chosen_edges
+from mechmm.results.circuit import Circuit, by_layer, chosen_edges
 from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.units import Units, graph_of
 
 METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random")
 SHOWN = 30
@@ -57,16 +58,16 @@ SHOWN = 30
 
 @dataclass(frozen=True, eq=False)
 class Attribution(Result):
-    """The score of every edge for every pair.
+    """The score of every edge, node or neuron for every pair.
 
     Attributes:
-        graph: what the edges are.
+        graph: the graph whose edges have scores, or the units that have.
         scores: [example, edge]; positive = supports the clean answer, in units of the metric.
         clean, reference: the metric of both runs [example]; NaN where the reference is no run.
         method, metric, target: names. steps: of integrated gradients.
     """
 
-    graph: Graph
+    graph: Graph | Units
     scores: Float[Tensor, "example edge"] = field(metadata={"axis": 0})
     clean: Float[Tensor, " example"] = field(metadata={"axis": 0})
     reference: Float[Tensor, " example"] = field(metadata={"axis": 0})
@@ -80,10 +81,10 @@ class Attribution(Result):
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Attribution:
-        return cls(**{**values, "graph": Graph.of(values["graph"])})
+        return cls(**{**values, "graph": graph_of(values["graph"])})
 
     def mean(self) -> Float[np.ndarray, " edge"]:
-        """The mean score of every edge."""
+        """The mean score of every edge or unit."""
         return self.scores.mean(0).numpy()
 
     def circuit(
@@ -96,67 +97,61 @@ class Attribution(Result):
         greedy: bool = False,
         prune: bool = True,
     ) -> Circuit:
-        """The edges with the largest mean scores.
+        """The edges or units with the largest mean scores.
 
         Args:
-            n, fraction, threshold: how many edges, which share of them, or those with at least
+            n, fraction, threshold: how many, which share of them, or those with at least
                 this score; exactly one of the three.
             signed: by the score itself; else by its absolute value.
-            greedy: from the logits backwards, each time the best edge into what is there already.
-            prune: leave out edges on no way from an input to the logits. They have no effect.
+            greedy: from the logits backwards, each time the best edge into what is there already
+                (edges alone).
+            prune: leave out edges on no way from an input to the logits. They have no effect. Units
+                are all kept.
 
         Raises:
-            ValueError: not exactly one size; more edges than there are; a share outside (0, 1].
+            ValueError: not exactly one size; more than there are; a share outside (0, 1]; greedy
+                units.
         """
         keep = chosen_edges(self.graph, self.mean(), n, fraction, threshold, signed, greedy)
-        kept = self.graph.pruned(keep) if prune else keep
-        return Circuit(self.graph, kept, self.mean())
+        found = Circuit(self.graph, keep, self.mean())
+        return found.pruned() if prune else found
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per edge: writer, reader, their towers, span, mean score and its deviation over
-        examples, strongest first."""
-        graph, mean = self.graph, self.mean()
+        """One row per edge (name, writer, reader, tower) or unit (name, tower, kind, layer, head,
+        neuron): span, mean score and its deviation over examples, strongest first."""
+        mean = self.mean()
         order = np.argsort(-np.abs(mean), kind="stable")
-        src, dst = graph.src[order], graph.dst[order]
         spread = self.scores.std(0, correction=0).numpy()
-        return pd.DataFrame(
-            {
-                "edge": graph.names(order),
-                "writer": graph.writers["name"].to_numpy()[src],
-                "reader": graph.readers["name"].to_numpy()[dst],
-                "tower": graph.writers["tower"].to_numpy()[src],
-                "span": np.array(graph.spans)[graph.span[order]],
-                "score": mean[order],
-                "std": spread[order],
-            }
-        )
+        return self.graph.table(order).assign(score=mean[order], std=spread[order])
 
     # Figures ---------------------------------------------------------------------------------
 
     def plot(self) -> dict[str, Figure]:
-        """Figures by name: the strongest `edges`, and the `mass` of scores by tower, layer and
-        kind of what writes."""
-        return {"edges": self._bars(), "mass": self._mass()}
+        """Figures by name: the strongest `edges` (or `nodes`, `neurons`), and the `mass` of scores
+        by tower, layer and kind of what writes."""
+        return {self.graph.noun: self._bars(), "mass": self._mass()}
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
-        """A report: the figures, and a table of the strongest edges."""
+        """A report: the figures, and a table of the strongest edges or units."""
         contents = [*self.plot().values(), self.to_dataframe().head(SHOWN)]
-        return Page(title, self.summary(), [Section("Edges", contents)], facts or {})
+        return Page(
+            title, self.summary(), [Section(self.graph.noun.capitalize(), contents)], facts or {}
+        )
 
     def summary(self) -> str:
         """What was scored, and the metric of both runs, in words."""
         clean, reference = float(self.clean.mean()), float(self.reference.mean())
         other = "" if math.isnan(reference) else f" and {reference:.2f} on the reference"
         return (
-            f"{len(self.graph)} edges, {len(self.clean)} pairs, {self.method}; {self.metric} is "
-            f"{clean:.2f} on the clean prompts{other} ({self.target}). A positive score supports "
-            "the clean answer."
+            f"{len(self.graph)} {self.graph.noun}, {len(self.clean)} pairs, {self.method}; "
+            f"{self.metric} is {clean:.2f} on the clean prompts{other} ({self.target}). A positive "
+            "score supports the clean answer."
         )
 
     def _bars(self) -> Figure:
         order = np.argsort(-np.abs(self.mean()), kind="stable")[:SHOWN]
         low, high = bootstrap_interval(self.scores[:, order].T)
-        title = f"strongest edges of {len(self.graph)}: {self.method}, {self.metric}"
+        title = f"strongest {self.graph.noun} of {len(self.graph)}: {self.method}, {self.metric}"
         names = self.graph.names(order)
         return plots.bars(names, self.mean()[order], low, high, title, value_title="score")
 
@@ -164,14 +159,7 @@ class Attribution(Result):
         """Layers x kinds of what writes, a map per tower: its share of the sum of |score|."""
         graph, size = self.graph, np.abs(self.mean())
         sums = np.bincount(graph.src, size, minlength=len(graph.writers))
-        table = graph.writers.assign(share=sums / max(size.sum(), np.finfo(float).tiny))
-        maps = {}
-        for tower, group in table.groupby("tower", sort=False):
-            wide = group.pivot_table(
-                index="layer", columns="kind", values="share", aggfunc="sum", sort=False
-            ).sort_index(ascending=False)
-            rows = ["in" if layer < 0 else str(layer) for layer in wide.index]
-            maps[str(tower)] = (wide.to_numpy(float), rows, [str(kind) for kind in wide.columns])
+        maps = by_layer(graph.writers, sums / max(size.sum(), np.finfo(float).tiny))
         title = f"share of all |score|, by what writes: {self.method}, {self.metric}"
         n = len(self.clean)
         return plots.tower_maps(maps, title, x_title="writer", value_title="share", n=n)
