@@ -97,6 +97,16 @@ class Contrast:
                     found[tower][at[:, 0], at[:, 1]] = number
         return found
 
+    def rows(self) -> dict[str, Int[Tensor, " row"]]:
+        """By tower, the example of every row; 0 for rows without places."""
+        found = {}
+        for tower, spans in self.spans().items():
+            found[tower] = torch.zeros(len(spans), dtype=torch.long)
+            for example, parts in enumerate(self.places[tower]):
+                for at in parts:
+                    found[tower][at[:, 0]] = example
+        return found
+
     def splice(self) -> Splice:
         """What runs circuits on the batch."""
         return Splice(

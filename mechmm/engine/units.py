@@ -187,6 +187,10 @@ class UnitBatch:
     def _spans(self) -> dict[str, Tensor]:
         return self.contrast.spans()
 
+    @cached_property
+    def _rows(self) -> dict[str, Tensor]:
+        return self.contrast.rows()
+
     def spans(self, home: Home) -> Int[Tensor, "row pos"]:
         """The number of the span of every place of a home; -1 for padding."""
         if self._across(home):
@@ -199,11 +203,7 @@ class UnitBatch:
         if self._across(home):
             rows = len(self.contrast.clean.values[home.hooks[0]])
             return torch.arange(self.examples).repeat_interleave(rows // self.examples)
-        found = torch.zeros(len(self.spans(home)), dtype=torch.long)
-        for example, parts in enumerate(self.contrast.places[home.group.tower]):
-            for at in parts:
-                found[at[:, 0]] = example
-        return found
+        return self._rows[home.group.tower]
 
     def _across(self, home: Home) -> bool:
         """Whether a home is in the keys and values of cross-attention, which have no positions of

@@ -95,7 +95,7 @@ class Contrasted:
         every = [*written, *streams_of(self.model, self.wiring), *self.map.hooks]
         names = list(dict.fromkeys(every))
         clean, corrupt = (values(self.model, p, self.answers, names) for p in self.parts)
-        rest = (self.answers, clean, corrupt, (0, 1))
+        rest = (self.answers, clean, corrupt, tuple(range(len(self.batches[0]))))
         return Contrast(self.model, self.wiring, *self.parts, *rest)
 
     def scores(self) -> Tensor:
