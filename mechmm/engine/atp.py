@@ -11,8 +11,9 @@ J_v is the derivative of what the head's projection gives by what it reads (the 
 is linearised, as in EAP), J_scores that of the scores by the query or key alone: rotations and the
 product with the other side are linear, so this is exact; a norm of queries or keys and a soft cap
 of the scores are linearised. All positions of a span change together. A key that several heads
-share counts in the patterns of all of them. Every other edge has its EAP score; so have keys of
-cross-attention, which no stream gives.
+share counts in the patterns of all of them, and so does any query or key where one norm spans all
+heads (InternVL's larger tower); what a query gates besides (Qwen3.5) counts to first order. Every
+other edge has its EAP score; so have keys of cross-attention, which read no stream.
 
 Both derivatives are those of the model's own modules, taken along what writers write: J t is the
 derivative of v -> J' v, itself a backward pass. So it holds for any rotation and any norm.
@@ -62,8 +63,7 @@ def atp_scores(contrast: Contrast) -> Float[Tensor, "example edge"]:
         if reader.ran(flow):
             reader.add(flow)
     found = edge_scores(wiring, contrast.writers, readers, *contrast.changes(), contrast.places)
-    own = {name: flow.slopes[name] for name in patterns if name in flow.slopes}
-    for number, scores in _Run(contrast, own).scored().items():
+    for number, scores in _Run(contrast, flow.slopes).scored().items():
         block, start = wiring.graph.blocks[number], wiring.graph.starts[number]
         old = found[:, start : start + block.size].view(-1, *block.shape)
         old[..., : scores.shape[-1]] = scores
@@ -114,21 +114,47 @@ class _Layer:
         """As it is in the run."""
         return self.scores.detach().float().softmax(-1)
 
+    def coupled(self, letter: str) -> bool:
+        """Whether a head's query or key has an effect on the scores of others: through a norm over
+        all of them."""
+        taken = self.taken[letter]
+        own = self.scores.shape[1] // taken.shape[2]
+        (slope,) = torch.autograd.grad(self.scores[:, :own].sum(), taken, retain_graph=True)
+        return bool(slope[:, :, 1:].any())
+
     def effects(
         self, letter: str, changes: Float[Tensor, "writer row pos d_model"]
-    ) -> Float[Tensor, "writer row head query key"]:
-        """What every weight of the pattern does when each head's query or key sees changes."""
+    ) -> Float[Tensor, "writer row head query"]:
+        """What the pattern does when the query (or key) of one head sees changes, for each."""
         moved = along(self.given[letter], self.stream, changes.to(self.stream))
-        moved = along(self.scores, self.taken[letter], moved).float()
-        pattern = (self.scores.detach().float() + self.sign * moved).softmax(-1)
-        return pattern.sub_(self.pattern).mul_(self.slope.float() * self.sign)
+        heads = moved.shape[3]
+        if not self.coupled(letter):
+            return self._patterns(letter, moved).unflatten(2, (heads, -1)).sum(3)
+        alone = torch.eye(heads, device=moved.device, dtype=moved.dtype)[:, None, None, :, None]
+        each = self._patterns(letter, (moved[:, None] * alone).flatten(0, 1)).sum(2)
+        return each.unflatten(0, (-1, heads)).transpose(1, 2)
+
+    def _patterns(
+        self, letter: str, moved: Float[Tensor, "change row pos head d_head"]
+    ) -> Float[Tensor, "change row _ query"]:
+        """What the patterns of all heads do when queries or keys are moved."""
+        scores = along(self.scores, self.taken[letter], moved).float()
+        pattern = (self.scores.detach().float() + self.sign * scores).softmax(-1)
+        return pattern.sub_(self.pattern).mul_(self.slope.float() * self.sign).sum(-1)
+
+    def through_gate(
+        self, changes: Float[Tensor, "writer row pos d_model"], slope: Tensor
+    ) -> Float[Tensor, "writer row head query"]:
+        """What queries that also gate what a head gives do in that, to first order."""
+        moved = along(self.given["gate"], self.stream, changes.to(self.stream)).float()
+        return (moved * slope.float()).sum(-1).transpose(-1, -2)
 
 
 class _Run:
     """A run in which the edges into every attention layer are scored as it comes by.
 
     Args:
-        slopes: of the metric by the pattern, by hook [row, head, query, key].
+        slopes: of the metric by the pattern [row, head, query, key], and by a gate, by hook.
     """
 
     def __init__(self, contrast: Contrast, slopes: dict[str, Tensor]) -> None:
@@ -150,6 +176,7 @@ class _Run:
 
     def _edits(self) -> list[Edit]:
         contrast, edits = self.contrast, []
+        there = contrast.model.hook_dict
         for name in dict.fromkeys(group.tower for group in contrast.wiring.readers):
             tower = contrast.model.towers[name]
             blocks = (f"{tower.prefix}blocks.{layer}" for layer in range(len(tower.blocks)))
@@ -158,10 +185,9 @@ class _Run:
             ]
         for number, group in enumerate(contrast.wiring.readers):
             if _attends(group) and _hook(contrast, group, "pattern") in self.slopes:
-                edits += [
-                    (_hook(contrast, group, letter), partial(self._take, letter))
-                    for letter in "qkv"
-                ]
+                parts = ("q", "k", "v", "gate")
+                hooks = ((_hook(contrast, group, part), part) for part in parts)
+                edits += [(h, partial(self._take, p)) for h, p in hooks if h in there]
                 scores = _hook(contrast, group, "attn_scores")
                 edits.append((scores, partial(self._score, number, group)))
         return edits
@@ -182,14 +208,17 @@ class _Run:
         keys = 0 if group.kind == "queries" else (block.shape[2] - heads) // 2
         sizes = (len(self.contrast.indices), *block.shape[:2], heads + keys)
         found = torch.zeros(sizes, device=scores.device)
-        for first, changes in self._changes(number, scores.numel()):
+        each = scores.numel() * (heads if layer.coupled("q") else 1)
+        for first, changes in self._changes(number, each):
             own = slice(first, first + len(changes))
-            found[:, :, own, :heads] = self._by_query(group.tower, layer.effects("q", changes))
+            effects = layer.effects("q", changes)
+            if (gate := self.slopes.get(_hook(self.contrast, group, "gate"))) is not None:
+                effects += layer.through_gate(changes, gate)
+            found[:, :, own, :heads] = self._by_query(group.tower, effects)
             for span in range(block.shape[0] if keys else 0):
                 there = (self.spans[group.tower] == span).to(changes)[..., None]
-                by_head = layer.effects("k", changes * there).sum((-2, -1))
-                by_key = by_head.unflatten(-1, (keys, -1)).sum(-1)
-                found[:, span, own, heads:] = self._by_row(group.tower, by_key)
+                effects = layer.effects("k", changes * there).sum(-1)
+                found[:, span, own, heads:] = self._by_row(group.tower, effects)
         self.found[number] = found.cpu()
         return scores.detach()
 
@@ -212,13 +241,13 @@ class _Run:
                     yield first + i * together, some
 
     def _by_query(
-        self, tower: str, effects: Float[Tensor, "writer row head query key"]
+        self, tower: str, effects: Float[Tensor, "writer row head query"]
     ) -> Float[Tensor, "example span writer head"]:
         """Sums over the queries of every example and span."""
         spans, examples = len(self.contrast.wiring.graph.spans), len(self.contrast.indices)
         own = self.spans[tower]
         bins = torch.where(own < 0, examples * spans, self.rows[tower][:, None] * spans + own)
-        values = effects.sum(-1).permute(1, 3, 0, 2).flatten(0, 1)
+        values = effects.permute(1, 3, 0, 2).flatten(0, 1)
         sums = values.new_zeros(examples * spans + 1, *values.shape[1:])
         sums.index_add_(0, bins.flatten().to(values.device), values)
         return sums[:-1].unflatten(0, (examples, spans))

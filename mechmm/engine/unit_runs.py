@@ -47,7 +47,7 @@ def run_units(
     """
     own = unit_map(model, units.spans[:-1], units.granularity)
     columns = []
-    for parts in contrasts(model, pairs, own.wiring, metric, target, batch_size, also=own.hooks):
+    for parts in contrasts(model, pairs, own.wiring, metric, target, batch_size, also=own.hidden):
         batches = [UnitBatch(part, own) for part in parts]
         found = [sum(kept_alone(batch, keep) for batch in batches) for keep in keeps]
         columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]

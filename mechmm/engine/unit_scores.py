@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechmm.data.metrics import Reading
+from mechmm.engine.atp import atp_scores
 from mechmm.engine.estimate import constant
 from mechmm.engine.flow import Edit
 from mechmm.engine.unit_exact import exact_unit_scores
@@ -29,13 +30,15 @@ def unit_scores(batch: UnitBatch, method: str, steps: int) -> Float[Tensor, "exa
     """The score of every unit for every example.
 
     Args:
-        method: as `mm.attribute`'s, but `random` and `atp*`.
+        method: as `mm.attribute`'s, but `random`; `atp*` of nodes alone.
         steps: of integrated gradients.
     """
     if method == "exact":
         return exact_unit_scores(batch)
     if method == "eap-ig-activations":
         return _by_home(batch, steps)
+    if method == "atp*":
+        return of_edges(batch, atp_scores(batch.contrast))
     sums, contrast = _Sums(batch, batch.homes), batch.contrast
     at = contrast.corrupt_part if contrast.paired else contrast.clean_part
     inputs = [home for home in batch.homes if home.group.kind == "input"]
@@ -60,6 +63,17 @@ def _by_home(batch: UnitBatch, steps: int) -> Float[Tensor, "example unit"]:
             sums.add(at, towards(batch, [home], k / steps))
         total.append(sums.mean())
     return torch.stack(total).sum(0)
+
+
+def of_edges(
+    batch: UnitBatch, scores: Float[Tensor, "example edge"]
+) -> Float[Tensor, "example unit"]:
+    """The sum of the scores of the edges out of every node."""
+    graph, units = batch.contrast.wiring.graph, batch.map.units
+    number = torch.full((len(units.writers), len(units.spans)), len(units))
+    number[units.src, units.span] = torch.arange(len(units))
+    sums = torch.zeros(len(scores), len(units) + 1)  # the last is for what is no unit
+    return sums.index_add_(1, number[graph.src, graph.span], scores)[:, :-1]
 
 
 def towards(batch: UnitBatch, homes: Sequence[Home], way: float) -> list[Edit]:

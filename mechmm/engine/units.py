@@ -73,9 +73,10 @@ class UnitMap:
     homes: tuple[Home, ...]
 
     @property
-    def hooks(self) -> list[str]:
-        """All hooks that show units."""
-        return list(dict.fromkeys(hook for home in self.homes for hook in home.hooks))
+    def hidden(self) -> list[str]:
+        """Hooks of hidden units, which edges do not need."""
+        hooks = (hook for home in self.homes for hook in home.hooks)
+        return [hook for hook in hooks if hook.endswith("mlp.hook_post")]
 
 
 def graph(
@@ -211,8 +212,8 @@ class UnitBatch:
         return home.hooks[0].endswith(("cross_attn.hook_k", "cross_attn.hook_v"))
 
     def joined(
-        self, found: Sequence[tuple[Home, Float[Tensor, "example span unit"]]]
-    ) -> Float[Tensor, "example all"]:
+        self, found: Sequence[tuple[Home, Float[Tensor, "example span _"]]]
+    ) -> Float[Tensor, "example unit"]:
         """What homes have as one row of units per example; 0 for homes that are left out."""
         columns = []
         for part in self.map.units.parts:

@@ -1,4 +1,4 @@
-"""Edge attribution: what every edge of the circuit graph is worth, from a few gradients.
+"""Attribution: what every edge, node or neuron of a model is worth, from a few gradients.
 
 With u what a writer writes, v what a reader reads and m the metric (larger = more the clean
 answer), the first-order effect of setting u to its clean value for v alone is
@@ -12,10 +12,18 @@ answer), the first-order effect of setting u to its clean value for v alone is
 - `"eap-ig-activations"`: for the edges out of one layer's components, its mean over `steps` runs in
   which what these write is ref + k / steps (clean - ref). Same paper.
 - `"clean-corrupt"`: the mean of the gradients at both runs (corrupt target).
+- `"atp*"`: as `"eap"`, but of the edges into queries and keys the softmax of attention is computed
+  again, which is flat where attention is saturated. Kramár et al. 2403.00745.
 - `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
 - `"random"`: standard normal numbers, the null.
 
-A positive score supports the clean answer.
+Nodes and neurons are scored alike, with a their own activation (`mechmm.engine.units` says at which
+hook) and the gradient there, over all ways to the metric:
+
+    score(a) = sum over the positions of a span of (a_clean - a_ref) . dm/da
+
+To first order a node's score is the sum of those of the edges out of it. With `"atp*"` that is what
+it is. A positive score supports the clean answer.
 """
 
 from __future__ import annotations
@@ -35,12 +43,15 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.atp import atp_scores
 from mechmm.engine.contrast import Contrast, contrasts
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
 from mechmm.engine.readers import Reader
-from mechmm.engine.wiring import Group, wired
+from mechmm.engine.unit_scores import unit_scores
+from mechmm.engine.units import UnitBatch, UnitMap, check_granularity, unit_map
+from mechmm.engine.wiring import Group, Wiring, wired
 from mechmm.engine.writers import Writer
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
@@ -51,9 +62,12 @@ from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 from mechmm.results.units import Units, graph_of
 
-METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random")
+METHODS = (
+    *("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt"),
+    *("atp*", "exact", "random"),
+)
 SHOWN = 30
-"""Edges that are shown as bars."""
+"""Edges or units that are shown as bars."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +184,8 @@ def attribute(
     pairs: PairDataset,
     *,
     spans: Sequence[str] = (),
+    granularity: str | None = None,
+    graph: Graph | Units | None = None,
     method: str = "eap-ig-inputs",
     metric: Metric = logit_diff,
     steps: int = 5,
@@ -177,10 +193,12 @@ def attribute(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Attribution:
-    """Score every edge of a model's circuit graph, vision tower to logits.
+    """Score every edge of a model's circuit graph, vision tower to logits, or its nodes or neurons.
 
     Args:
         spans: names that tell positions apart (each edge then once per span).
+        granularity: `"edge"` (the default), `"node"` or `"neuron"` (`mm.graph`).
+        graph: made by `mm.graph`, instead of spans and granularity.
         method: see above.
         metric: with a gradient.
         steps: runs of integrated gradients.
@@ -190,42 +208,68 @@ def attribute(
         seed: of `"random"`.
 
     Raises:
-        ValueError: an unknown method or target; no steps; a metric without a gradient.
+        ValueError: an unknown method, target or granularity; `"atp*"` of neurons; no steps; a
+            metric without a gradient; a graph of another model, or beside spans or granularity.
         StreamError: a model whose residual stream is no sum of what its components write.
         SpanError: a span that the pairs do not have.
     """
     _check(method, target, steps)
     if method not in ("exact", "random"):
         check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
-    wiring = wired(model, spans)
+    wiring, mapped = _asked(model, graph, spans, granularity)
+    own = wiring.graph if mapped is None else mapped.units
+    if method == "atp*" and isinstance(own, Units) and own.granularity == "neuron":
+        raise ValueError(
+            "atp* corrects edges into queries and keys, and those out of single neurons are too "
+            "many; score nodes or edges with it, or neurons with eap-ig-inputs"
+        )
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
-    runs = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs: dict[str, Any] = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs = runs if mapped is None else {"also": mapped.hidden}
     for parts in contrasts(model, pairs, wiring, metric, target, batch_size, **runs):
         if method == "random":
-            shape = (len(parts[0].indices), len(wiring.graph))
+            shape = (len(parts[0].indices), len(own))
             rows.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
+        elif mapped is not None:
+            found = [unit_scores(UnitBatch(part, mapped), method, steps) for part in parts]
+            rows.append(torch.stack(found).sum(0))
         else:
             rows.append(torch.stack([_scores(part, method, steps) for part in parts]).sum(0))
         ends.append(_ends(parts))
     clean, reference = (torch.cat(column) for column in zip(*ends, strict=True))
     name = name_of(metric)
     made = steps if "ig" in method else 1
-    return Attribution(wiring.graph, torch.cat(rows), clean, reference, method, name, target, made)
+    return Attribution(own, torch.cat(rows), clean, reference, method, name, target, made)
 
 
-def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
-    """The circuit graph of a model.
-
-    Args:
-        spans: names that tell positions apart; each position belongs to the first that covers it,
-            and to `rest` where none does.
-
-    Raises:
-        StreamError: a model whose residual stream is no sum of what its components write.
-    """
-    return wired(model, spans).graph
+def _asked(
+    model: HookedMultimodal,
+    graph: Graph | Units | None,
+    spans: Sequence[str],
+    granularity: str | None,
+) -> tuple[Wiring, UnitMap | None]:
+    """What is to be scored: edges, or units."""
+    if graph is not None and (spans or granularity is not None):
+        raise ValueError(
+            "a graph was given beside spans or granularity, which it has of its own; make it with "
+            "mm.graph(model, spans, granularity), or leave it out"
+        )
+    if graph is not None:
+        spans = graph.spans[:-1]
+        granularity = graph.granularity if isinstance(graph, Units) else "edge"
+    granularity = "edge" if granularity is None else granularity
+    check_granularity(granularity)
+    mapped = None if granularity == "edge" else unit_map(model, spans, granularity)
+    wiring = wired(model, spans) if mapped is None else mapped.wiring
+    own = wiring.graph if mapped is None else mapped.units
+    if graph is not None and not graph.matches(own):
+        raise ValueError(
+            f"the graph is {graph}, the model has {own}; make it of the model that is scored, with "
+            "mm.graph"
+        )
+    return wiring, mapped
 
 
 def _check(method: str, target: str, steps: int) -> None:
@@ -246,6 +290,8 @@ def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:
 
 
 def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "example edge"]:
+    if method == "atp*":
+        return atp_scores(contrast)
     if method == "exact":
         return _exact(contrast)
     if method == "eap-ig-activations":

@@ -274,16 +274,20 @@ def chosen_edges(
     assert n is not None
     if not 0 <= n <= len(graph):
         raise ValueError(f"{n} {graph.noun} were asked for, of a graph with {len(graph)}")
-    if greedy and isinstance(graph, Units):
+    if greedy:
+        return _greedy(_edged(graph), value, n)
+    keep = np.zeros(len(graph), dtype=bool)
+    keep[np.argsort(-value, kind="stable")[:n]] = True
+    return keep
+
+
+def _edged(graph: Graph | Units) -> Graph:
+    if isinstance(graph, Units):
         raise ValueError(
             f"greedy follows edges from the logits backwards, and {graph.noun} have none; leave it "
             "out, or score edges (granularity='edge')"
         )
-    if greedy:
-        return _greedy(graph, value, n)
-    keep = np.zeros(len(graph), dtype=bool)
-    keep[np.argsort(-value, kind="stable")[:n]] = True
-    return keep
+    return graph
 
 
 def _greedy(graph: Graph, value: np.ndarray, n: int) -> np.ndarray:

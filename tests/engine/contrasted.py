@@ -92,7 +92,7 @@ class Contrasted:
     @cached_property
     def contrast(self) -> Contrast:
         written = hooks_of(self.model, self.wiring)[0]
-        every = [*written, *streams_of(self.model, self.wiring), *self.map.hooks]
+        every = [*written, *streams_of(self.model, self.wiring), *self.map.hidden]
         names = list(dict.fromkeys(every))
         clean, corrupt = (values(self.model, p, self.answers, names) for p in self.parts)
         rest = (self.answers, clean, corrupt, tuple(range(len(self.batches[0]))))
