@@ -16,7 +16,7 @@ Wang et al. 2211.00593.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,13 +29,11 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.contrast import contrasts
-from mechmm.engine.wiring import wired
+from mechmm.engine.ablate import run_circuits, wired_as
 from mechmm.methods.attribution import Attribution
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
-from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
@@ -194,12 +192,12 @@ def faithfulness(
         batch_size: pairs that run together. seed: of the random circuits.
 
     Raises:
-        ValueError: a graph of another model; an empty circuit; an unknown target.
+        ValueError: a graph of another model, or different ones; an empty circuit; an unknown
+            target.
         SpanError: a span of the graph that the pairs do not have.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    for one in circuits:
-        _check(model, one)
+    wiring = wired_as(model, circuits)
     nulls = [(i, one.random(seed + k)) for i, one in enumerate(circuits) for k in range(n_random)]
     table = pd.DataFrame(
         [(f"circuit {i}", len(c), len(c) / len(c.graph), False) for i, c in enumerate(circuits)]
@@ -207,7 +205,7 @@ def faithfulness(
         columns=["name", "edges", "fraction", "null"],
     )
     every = [c.keep for c in circuits] + [c.keep for _, c in nulls]
-    found = run_circuits(model, pairs, circuits[0].graph, every, metric, target, batch_size)
+    found = run_circuits(model, pairs, wiring, every, metric, target, batch_size)
     name = name_of(metric)
     return Faithfulness(table, *found, name, target)
 
@@ -240,44 +238,3 @@ def faithfulness_curve(
     circuits = [scores.circuit(fraction=fraction, **options) for fraction in fractions]
     rest: dict[str, Any] = {"n_random": n_random, "batch_size": batch_size, "seed": seed}
     return faithfulness(model, pairs, circuits, metric=metric, target=target, **rest)
-
-
-def run_circuits(
-    model: HookedMultimodal,
-    pairs: PairDataset,
-    graph: Graph,
-    keeps: Sequence[np.ndarray],
-    metric: Metric,
-    target: str,
-    batch_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The metric with some edges kept [circuit, example], with all and with none [example]."""
-    wiring = wired(model, graph.spans[:-1])
-    columns = []
-    every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
-    for parts in contrasts(model, pairs, wiring, metric, target, batch_size, streams=True):
-        splices = [part.splice() for part in parts]
-        found = [sum(splice.run(masks) for splice in splices) for masks in _masks(graph, every)]
-        columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]
-    values = torch.cat(columns, dim=1)
-    return values[:-2], values[-2], values[-1]
-
-
-def _masks(graph: Graph, keeps: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
-    for keep in keeps:
-        yield [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
-
-
-def _check(model: HookedMultimodal, circuit: Circuit) -> None:
-    graph = circuit.graph
-    own = wired(model, graph.spans[:-1]).graph
-    if not graph.matches(own):
-        raise ValueError(
-            f"the circuit is of {graph}, the model has {own}; find circuits on the model that they "
-            "are tested on"
-        )
-    if not circuit.keep.any():
-        raise ValueError(
-            "the circuit is empty, or no edge of it lies on a way from an input to the logits; "
-            "keep more edges (n=, fraction=)"
-        )
