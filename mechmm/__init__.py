@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
     from mechmm.methods.attribution import Attribution, attribute
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
@@ -59,6 +60,7 @@ _HOME = {
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
+    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),

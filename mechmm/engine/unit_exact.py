@@ -81,7 +81,7 @@ class _Cut:
         stays."""
         there = self.places.chosen(at)
         reference = self.batch.contrast.reference.values[hook]
-        where = index(hook, there.row, there.position, there.part, reference.device)
+        where = index(hook, there.row, there.position, there.part, reference)
         new = reference[where].to(now)
         if self.inside is None:
             return new

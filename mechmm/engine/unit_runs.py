@@ -19,39 +19,70 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.ablate import Ablated
 from mechmm.engine.contrast import contrasts
 from mechmm.engine.flow import Edit
-from mechmm.engine.units import Home, UnitBatch, unit_map
+from mechmm.engine.units import Home, UnitBatch, UnitMap, unit_map
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.results.circuit import Circuit
 from mechmm.results.units import Units
 
 
 def run_units(
     model: HookedMultimodal,
     pairs: PairDataset,
-    units: Units,
+    own: UnitMap,
     keeps: Sequence[Bool[np.ndarray, " unit"]],
     metric: Metric,
-    target: str,
-    batch_size: int,
-) -> Float[Tensor, "circuit example"]:
-    """The metric with some units kept, one run for each circuit and batch.
+    target: str = "corrupt",
+    batch_size: int = 16,
+) -> Ablated:
+    """The metric with some units kept, with all and with none; a run for each circuit and batch.
 
     Args:
-        keeps: which units, circuit by circuit.
+        own: the units of the model (`mapped_as`, `unit_map`).
+        keeps: which of them, one array per circuit.
         target: `"corrupt"`, `"mean"` or `"zero"`.
 
     Raises:
         ValueError: an unknown target.
         SpanError: a span of the units that the pairs do not have.
     """
-    own = unit_map(model, units.spans[:-1], units.granularity)
-    columns = []
+    columns, everything = [], np.ones(len(own.units), dtype=bool)
+    every = [*keeps, everything, ~everything]
     for parts in contrasts(model, pairs, own.wiring, metric, target, batch_size, also=own.hidden):
         batches = [UnitBatch(part, own) for part in parts]
-        found = [sum(kept_alone(batch, keep) for batch in batches) for keep in keeps]
-        columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]
-    return torch.cat(columns, dim=1)
+        found = [
+            sum((kept_alone(batch, keep) for batch in batches), torch.zeros(())) for keep in every
+        ]
+        columns.append(torch.stack([value.float().cpu() for value in found]))
+    values = torch.cat(columns, dim=1)
+    return Ablated(values[:-2], values[-2], values[-1])
+
+
+def mapped_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> UnitMap:
+    """Where the units of some circuits are in a model.
+
+    Raises:
+        ValueError: circuits of another model, or of different units; an empty one.
+    """
+    units = circuits[0].graph
+    assert isinstance(units, Units)
+    own = unit_map(model, units.spans[:-1], units.granularity)
+    for number, circuit in enumerate(circuits):
+        if not circuit.graph.matches(units):
+            raise ValueError(
+                f"circuit 0 is of {units}, circuit {number} of {circuit.graph}; give circuits of "
+                "one model, with the same granularity and spans"
+            )
+        if not circuit.keep.any():
+            raise ValueError(f"the circuit is empty; keep more {units.noun} (n=, fraction=)")
+    if not units.matches(own.units):
+        raise ValueError(
+            f"the circuit is of {units}, the model has {own.units}; find circuits on the model "
+            "that they are tested on"
+        )
+    return own
 
 
 @torch.no_grad()
