@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from mechmm.methods.attribution import Attribution, attribute, graph
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
+    from mechmm.engine.units import graph
+    from mechmm.methods.attribution import Attribution, attribute
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
     from mechmm.results.circuit import Circuit
     from mechmm.results.graph import Graph
     from mechmm.results.report import Page
+    from mechmm.results.units import Units
 
 __version__ = "0.1.0"
 
@@ -54,6 +58,9 @@ _HOME = {
     "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
+    "mechmm.engine.units": ("graph",),
+    "mechmm.methods.attribution": ("Attribution", "attribute"),
+    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
@@ -78,6 +85,7 @@ _HOME = {
     "mechmm.results.circuit": ("Circuit",),
     "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
+    "mechmm.results.units": ("Units",),
 }
 _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -112,6 +120,7 @@ __all__ = [
     "Sweep",
     "TextSpan",
     "TokenLayout",
+    "Units",
     "Words",
     "accuracy",
     "attribute",

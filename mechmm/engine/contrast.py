@@ -7,7 +7,7 @@ The clean run is compared with a reference: the corrupt prompt's run, the mean o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,6 +19,7 @@ from mechmm.data.metrics import Answers, Metric, prepared, readings
 from mechmm.data.metrics import Reading as Part
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.flow import Flow, hooks_of, slopes, values
+from mechmm.engine.places import spot_of
 from mechmm.engine.spans import Places, places_of
 from mechmm.engine.splice import Splice, stream_at
 from mechmm.engine.wiring import Wiring
@@ -96,6 +97,16 @@ class Contrast:
                     found[tower][at[:, 0], at[:, 1]] = number
         return found
 
+    def rows(self) -> dict[str, Int[Tensor, " row"]]:
+        """By tower, the example of every row; 0 for rows without places."""
+        found = {}
+        for tower, spans in self.spans().items():
+            found[tower] = torch.zeros(len(spans), dtype=torch.long)
+            for example, parts in enumerate(self.places[tower]):
+                for at in parts:
+                    found[tower][at[:, 0]] = example
+        return found
+
     def splice(self) -> Splice:
         """What runs circuits on the batch."""
         return Splice(
@@ -119,21 +130,25 @@ def contrasts(
     *,
     sloped: Collection[str] = (),
     streams: bool = False,
+    also: Sequence[str] = (),
 ) -> Iterator[list[Contrast]]:
     """Batch by batch, both runs for every reading of the metric, which is the sum over them.
 
     Args:
         sloped: `"clean"`, `"corrupt"`: runs whose slopes are wanted.
         streams: whether the streams of the corrupt run are wanted, as `Contrast.splice` does.
+        also: hooks inside blocks whose values are wanted too.
 
     Raises:
         ValueError: an unknown target.
         SpanError: a span of the graph that the pairs do not have.
     """
     check_target(target)
-    means = mean_values(model, pairs, wiring, metric, batch_size) if target == "mean" else None
+    runs, means = _Runs(model, wiring, sloped, streams, also), None
+    if target == "mean":
+        means = mean_values(model, pairs, wiring, metric, batch_size, also)
     for batch in pairs.batches(batch_size):
-        yield _batch(_Runs(model, wiring, sloped, streams), batch, metric, target, means)
+        yield _batch(runs, batch, metric, target, means)
 
 
 def check_target(target: str) -> None:
@@ -154,11 +169,13 @@ class _Runs:
     wiring: Wiring
     sloped: Collection[str] = ()
     streams: bool = False
+    also: Sequence[str] = ()
 
     def of(self, prompt: str, part: Part, answers: Answers) -> Flow:
         """One run."""
         written, at, normed = hooks_of(self.model, self.wiring)
         streams = self.streams and prompt == "corrupt"
+        written = [*written, *self.also]
         also = [*written, *(streams_of(self.model, self.wiring) if streams else ())]
         if prompt not in self.sloped:
             return values(self.model, part, answers, list(dict.fromkeys(also)))
@@ -217,14 +234,18 @@ def mean_values(
     wiring: Wiring,
     metric: Metric,
     batch_size: int,
+    also: Sequence[str] = (),
 ) -> Means:
-    """The mean of what every hook of a writer gives, over all positions of a span in the clean runs
-    of all pairs."""
+    """The mean of what every hook of a writer gives, and others (`also`), over all positions of a
+    span in the clean runs of all pairs."""
     sums: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
     counts: dict[str, list[int]] = {}
     for batch in pairs.batches(batch_size):
-        for contrast in _batch(_Runs(model, wiring), batch, metric, "zero", None)[:1]:
+        runs = _Runs(model, wiring, also=also)
+        for contrast in _batch(runs, batch, metric, "zero", None)[:1]:
             hooks = [(w.group.tower, name) for w in contrast.writers for name in w.hooks]
+            there = contrast.clean.values
+            hooks += [(spot_of(model, name).tower, name) for name in also if name in there]
             for tower, name in dict.fromkeys(hooks):
                 _gather(sums[tower], name, contrast, tower)
             _count(counts, contrast.places)

@@ -334,7 +334,7 @@ def _before_stream(writer: Writer, run: Run, direction: Tensor) -> Tensor:
     post = writer.tower.module(writer.tower.row.ln1_post, writer.group.layer)
     if post is None:
         return direction
-    out = writer.heads(writer.z(run.values, _at(writer, run)), bias=True).sum(0)
+    out = writer.heads(writer.z(run.values, _at(writer, run))).sum(0)
     return through(post, writer.tower.row.norm, out, direction)[0]
 
 

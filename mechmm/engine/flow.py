@@ -77,6 +77,8 @@ def slopes_at(model: HookedMultimodal, group: Group) -> list[str]:
     if group.kind == "logits":
         return [f"{prefix}blocks.{group.layer}.hook_resid_post"]
     read = [f"{prefix}blocks.{group.layer - 1}.hook_resid_post"]
+    if group.layer - 1 in model.towers[group.tower].ends:  # all that comes behind is the projector
+        return read
     return [*read, f"{prefix}blocks.{group.layer}.hook_resid_pre"]
 
 

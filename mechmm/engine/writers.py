@@ -61,7 +61,7 @@ class Writer:
         """What the writers wrote at some places in one run."""
         if self.group.kind != "heads":
             return self._whole(values[self.hooks[0]][at], at)[None]
-        return self.carried(self.heads(self.z(values, at), bias=True))
+        return self.carried(self.heads(self.z(values, at)))
 
     def change(
         self,
@@ -105,10 +105,10 @@ class Writer:
             z = z * values[self.hooks[1]][at].float().sigmoid()
         return z
 
-    def heads(self, z: Tensor, *, bias: bool) -> Float[Tensor, "head place d_model"]:
+    def heads(self, z: Tensor) -> Float[Tensor, "head place d_model"]:
         """What each head's z [place, head, d_head] gives behind the output projection."""
         out = torch.bmm(z.transpose(0, 1), self._weight.float())
-        b = self.tower.weight("b_O", self.group.layer, self._crossing) if bias else None
+        b = self.tower.weight("b_O", self.group.layer, self._crossing)
         return out if b is None else out + b.float() / len(out)
 
     @property
@@ -138,7 +138,7 @@ class Writer:
         if self.group.kind != "heads" or self._post is not None or not self.scaled:
             return self
         z, out = values[self.hooks[0]], values[self.hooks[-1]].flatten(0, 1).float()
-        before = self.heads(self.z(values, grid(z)), bias=True).sum(0)
+        before = self.heads(self.z(values, grid(z))).sum(0)
         largest = before.abs().argmax(0, keepdim=True)
         gain = (out.gather(0, largest) / before.gather(0, largest))[0].nan_to_num()
         return replace(self, gain=gain)

@@ -1,4 +1,4 @@
-"""Edge attribution: what every edge of the circuit graph is worth, from a few gradients.
+"""Attribution: what every edge, node or neuron of a model is worth, from a few gradients.
 
 With u what a writer writes, v what a reader reads and m the metric (larger = more the clean
 answer), the first-order effect of setting u to its clean value for v alone is
@@ -12,10 +12,18 @@ answer), the first-order effect of setting u to its clean value for v alone is
 - `"eap-ig-activations"`: for the edges out of one layer's components, its mean over `steps` runs in
   which what these write is ref + k / steps (clean - ref). Same paper.
 - `"clean-corrupt"`: the mean of the gradients at both runs (corrupt target).
+- `"atp*"`: as `"eap"`, but of the edges into queries and keys the softmax of attention is computed
+  again, which is flat where attention is saturated. Kramár et al. 2403.00745.
 - `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
 - `"random"`: standard normal numbers, the null.
 
-A positive score supports the clean answer.
+Nodes and neurons are scored alike, with a their own activation (`mechmm.engine.units` says at which
+hook) and the gradient there, over all ways to the metric:
+
+    score(a) = sum over the positions of a span of (a_clean - a_ref) . dm/da
+
+To first order a node's score is the sum of those of the edges out of it. With `"atp*"` that is what
+it is. A positive score supports the clean answer.
 """
 
 from __future__ import annotations
@@ -35,39 +43,46 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.atp import atp_scores
 from mechmm.engine.contrast import Contrast, contrasts
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
 from mechmm.engine.readers import Reader
 from mechmm.engine.spans import span_names
-from mechmm.engine.wiring import Group, wired
+from mechmm.engine.unit_scores import unit_scores
+from mechmm.engine.units import UnitBatch, UnitMap, check_granularity, unit_map
+from mechmm.engine.wiring import Group, Wiring, wired
 from mechmm.engine.writers import Writer
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
-from mechmm.results.circuit import Circuit, chosen_edges
+from mechmm.results.circuit import Circuit, by_layer, chosen_edges
 from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.units import Units, graph_of
 
-METHODS = ("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt", "exact", "random")
+METHODS = (
+    *("eap", "eap-ig-inputs", "eap-ig-activations", "clean-corrupt"),
+    *("atp*", "exact", "random"),
+)
 SHOWN = 30
-"""Edges that are shown as bars."""
+"""Edges or units that are shown as bars."""
 
 
 @dataclass(frozen=True, eq=False)
 class Attribution(Result):
-    """The score of every edge for every pair.
+    """The score of every edge, node or neuron for every pair.
 
     Attributes:
-        graph: what the edges are.
+        graph: the graph whose edges have scores, or the units that have.
         scores: [example, edge]; positive = supports the clean answer, in units of the metric.
         clean, reference: the metric of both runs [example]; NaN where the reference is no run.
         method, metric, target: names. steps: of integrated gradients.
     """
 
-    graph: Graph
+    graph: Graph | Units
     scores: Float[Tensor, "example edge"] = field(metadata={"axis": 0})
     clean: Float[Tensor, " example"] = field(metadata={"axis": 0})
     reference: Float[Tensor, " example"] = field(metadata={"axis": 0})
@@ -81,10 +96,10 @@ class Attribution(Result):
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Attribution:
-        return cls(**{**values, "graph": Graph.of(values["graph"])})
+        return cls(**{**values, "graph": graph_of(values["graph"])})
 
     def mean(self) -> Float[np.ndarray, " edge"]:
-        """The mean score of every edge."""
+        """The mean score of every edge or unit."""
         return self.scores.mean(0).numpy()
 
     def circuit(
@@ -97,67 +112,61 @@ class Attribution(Result):
         greedy: bool = False,
         prune: bool = True,
     ) -> Circuit:
-        """The edges with the largest mean scores.
+        """The edges or units with the largest mean scores.
 
         Args:
-            n, fraction, threshold: how many edges, which share of them, or those with at least
+            n, fraction, threshold: how many, which share of them, or those with at least
                 this score; exactly one of the three.
             signed: by the score itself; else by its absolute value.
-            greedy: from the logits backwards, each time the best edge into what is there already.
-            prune: leave out edges on no way from an input to the logits. They have no effect.
+            greedy: from the logits backwards, each time the best edge into what is there already
+                (edges alone).
+            prune: leave out edges on no way from an input to the logits. They have no effect. Units
+                are all kept.
 
         Raises:
-            ValueError: not exactly one size; more edges than there are; a share outside (0, 1].
+            ValueError: not exactly one size; more than there are; a share outside (0, 1]; greedy
+                units.
         """
         keep = chosen_edges(self.graph, self.mean(), n, fraction, threshold, signed, greedy)
-        kept = self.graph.pruned(keep) if prune else keep
-        return Circuit(self.graph, kept, self.mean())
+        found = Circuit(self.graph, keep, self.mean())
+        return found.pruned() if prune else found
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per edge: writer, reader, their towers, span, mean score and its deviation over
-        examples, strongest first."""
-        graph, mean = self.graph, self.mean()
+        """One row per edge (name, writer, reader, tower) or unit (name, tower, kind, layer, head,
+        neuron): span, mean score and its deviation over examples, strongest first."""
+        mean = self.mean()
         order = np.argsort(-np.abs(mean), kind="stable")
-        src, dst = graph.src[order], graph.dst[order]
         spread = self.scores.std(0, correction=0).numpy()
-        return pd.DataFrame(
-            {
-                "edge": graph.names(order),
-                "writer": graph.writers["name"].to_numpy()[src],
-                "reader": graph.readers["name"].to_numpy()[dst],
-                "tower": graph.writers["tower"].to_numpy()[src],
-                "span": np.array(graph.spans)[graph.span[order]],
-                "score": mean[order],
-                "std": spread[order],
-            }
-        )
+        return self.graph.table(order).assign(score=mean[order], std=spread[order])
 
     # Figures ---------------------------------------------------------------------------------
 
     def plot(self) -> dict[str, Figure]:
-        """Figures by name: the strongest `edges`, and the `mass` of scores by tower, layer and
-        kind of what writes."""
-        return {"edges": self._bars(), "mass": self._mass()}
+        """Figures by name: the strongest `edges` (or `nodes`, `neurons`), and the `mass` of scores
+        by tower, layer and kind of what writes."""
+        return {self.graph.noun: self._bars(), "mass": self._mass()}
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
-        """A report: the figures, and a table of the strongest edges."""
+        """A report: the figures, and a table of the strongest edges or units."""
         contents = [*self.plot().values(), self.to_dataframe().head(SHOWN)]
-        return Page(title, self.summary(), [Section("Edges", contents)], facts or {})
+        return Page(
+            title, self.summary(), [Section(self.graph.noun.capitalize(), contents)], facts or {}
+        )
 
     def summary(self) -> str:
         """What was scored, and the metric of both runs, in words."""
         clean, reference = float(self.clean.mean()), float(self.reference.mean())
         other = "" if math.isnan(reference) else f" and {reference:.2f} on the reference"
         return (
-            f"{len(self.graph)} edges, {len(self.clean)} pairs, {self.method}; {self.metric} is "
-            f"{clean:.2f} on the clean prompts{other} ({self.target}). A positive score supports "
-            "the clean answer."
+            f"{len(self.graph)} {self.graph.noun}, {len(self.clean)} pairs, {self.method}; "
+            f"{self.metric} is {clean:.2f} on the clean prompts{other} ({self.target}). A positive "
+            "score supports the clean answer."
         )
 
     def _bars(self) -> Figure:
         order = np.argsort(-np.abs(self.mean()), kind="stable")[:SHOWN]
         low, high = bootstrap_interval(self.scores[:, order].T)
-        title = f"strongest edges of {len(self.graph)}: {self.method}, {self.metric}"
+        title = f"strongest {self.graph.noun} of {len(self.graph)}: {self.method}, {self.metric}"
         names = self.graph.names(order)
         return plots.bars(names, self.mean()[order], low, high, title, value_title="score")
 
@@ -165,14 +174,7 @@ class Attribution(Result):
         """Layers x kinds of what writes, a map per tower: its share of the sum of |score|."""
         graph, size = self.graph, np.abs(self.mean())
         sums = np.bincount(graph.src, size, minlength=len(graph.writers))
-        table = graph.writers.assign(share=sums / max(size.sum(), np.finfo(float).tiny))
-        maps = {}
-        for tower, group in table.groupby("tower", sort=False):
-            wide = group.pivot_table(
-                index="layer", columns="kind", values="share", aggfunc="sum", sort=False
-            ).sort_index(ascending=False)
-            rows = ["in" if layer < 0 else str(layer) for layer in wide.index]
-            maps[str(tower)] = (wide.to_numpy(float), rows, [str(kind) for kind in wide.columns])
+        maps = by_layer(graph.writers, sums / max(size.sum(), np.finfo(float).tiny))
         title = f"share of all |score|, by what writes: {self.method}, {self.metric}"
         n = len(self.clean)
         return plots.tower_maps(maps, title, x_title="writer", value_title="share", n=n)
@@ -183,6 +185,8 @@ def attribute(
     pairs: PairDataset,
     *,
     spans: Sequence[str] | str = (),
+    granularity: str | None = None,
+    graph: Graph | Units | None = None,
     method: str = "eap-ig-inputs",
     metric: Metric = logit_diff,
     steps: int = 5,
@@ -190,11 +194,13 @@ def attribute(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Attribution:
-    """Score every edge of a model's circuit graph, vision tower to logits.
+    """Score every edge of a model's circuit graph, vision tower to logits, or its nodes or neurons.
 
     Args:
         spans: names that tell positions apart (each edge then once per span); a plain number is a
             position, and the word `"positions"` stands for all of them, each a span of its own.
+        granularity: `"edge"` (the default), `"node"` or `"neuron"` (`mm.graph`).
+        graph: made by `mm.graph`, instead of spans and granularity.
         method: see above.
         metric: with a gradient.
         steps: runs of integrated gradients.
@@ -204,22 +210,33 @@ def attribute(
         seed: of `"random"`.
 
     Raises:
-        ValueError: an unknown method or target; no steps; a metric without a gradient.
+        ValueError: an unknown method, target or granularity; `"atp*"` of neurons; no steps; a
+            metric without a gradient; a graph of another model, or beside spans or granularity.
         StreamError: a model whose residual stream is no sum of what its components write.
         SpanError: a span that the pairs do not have; pairs of different lengths, split by position.
     """
     _check(method, target, steps)
     if method not in ("exact", "random"):
         check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
-    wiring = wired(model, span_names(spans, pairs, batch_size))
+    wiring, mapped = _asked(model, graph, span_names(spans, pairs, batch_size), granularity)
+    own = wiring.graph if mapped is None else mapped.units
+    if method == "atp*" and isinstance(own, Units) and own.granularity == "neuron":
+        raise ValueError(
+            "atp* corrects edges into queries and keys, and those out of single neurons are too "
+            "many; score nodes or edges with it, or neurons with eap-ig-inputs"
+        )
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
-    runs = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs: dict[str, Any] = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs = runs if mapped is None else {"also": mapped.hidden}
     for parts in contrasts(model, pairs, wiring, metric, target, batch_size, **runs):
         if method == "random":
-            shape = (len(parts[0].indices), len(wiring.graph))
+            shape = (len(parts[0].indices), len(own))
             rows.append(torch.from_numpy(random.standard_normal(shape, dtype=np.float32)))
+        elif mapped is not None:
+            found = [unit_scores(UnitBatch(part, mapped), method, steps) for part in parts]
+            rows.append(torch.stack(found).sum(0))
         else:
             rows.append(_total([_scores(part, method, steps) for part in parts]))
         ends.append(_ends(parts))
@@ -227,20 +244,35 @@ def attribute(
     name = name_of(metric)
     made = steps if "ig" in method else 1
     scores = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return Attribution(wiring.graph, scores, clean, reference, method, name, target, made)
+    return Attribution(own, scores, clean, reference, method, name, target, made)
 
 
-def graph(model: HookedMultimodal, spans: Sequence[str] = ()) -> Graph:
-    """The circuit graph of a model.
-
-    Args:
-        spans: names that tell positions apart; each position belongs to the first that covers it,
-            and to `rest` where none does.
-
-    Raises:
-        StreamError: a model whose residual stream is no sum of what its components write.
-    """
-    return wired(model, spans).graph
+def _asked(
+    model: HookedMultimodal,
+    graph: Graph | Units | None,
+    spans: Sequence[str],
+    granularity: str | None,
+) -> tuple[Wiring, UnitMap | None]:
+    """What is to be scored: edges, or units."""
+    if graph is not None and (spans or granularity is not None):
+        raise ValueError(
+            "a graph was given beside spans or granularity, which it has of its own; make it with "
+            "mm.graph(model, spans, granularity), or leave it out"
+        )
+    if graph is not None:
+        spans = graph.spans[:-1]
+        granularity = graph.granularity if isinstance(graph, Units) else "edge"
+    granularity = "edge" if granularity is None else granularity
+    check_granularity(granularity)
+    mapped = None if granularity == "edge" else unit_map(model, spans, granularity)
+    wiring = wired(model, spans) if mapped is None else mapped.wiring
+    own = wiring.graph if mapped is None else mapped.units
+    if graph is not None and not graph.matches(own):
+        raise ValueError(
+            f"the graph is {graph}, the model has {own}; make it of the model that is scored, with "
+            "mm.graph"
+        )
+    return wiring, mapped
 
 
 def _check(method: str, target: str, steps: int) -> None:
@@ -266,6 +298,8 @@ def _ends(parts: Sequence[Contrast]) -> tuple[Tensor, Tensor]:
 
 
 def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "example edge"]:
+    if method == "atp*":
+        return atp_scores(contrast)
     if method == "exact":
         return _exact(contrast)
     if method == "eap-ig-activations":

@@ -9,6 +9,8 @@ is its faithfulness. CPR is the area under f over the share of edges kept, CMD t
 |1 - f|: a high CPR means that circuits hold what drives the answer, a low CMD that they behave as
 the whole model does. Both beside random circuits of the same sizes. MIB, 2504.13151.
 
+- Circuits of nodes or neurons: every unit outside is at its reference value instead
+  (`mechmm.engine.unit_runs`).
 - Completeness: how far the answer falls when the circuit's edges, and only they, are cut.
 - Minimality: what the circuit loses without each of its edges.
 Wang et al. 2211.00593.
@@ -16,7 +18,7 @@ Wang et al. 2211.00593.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,16 +31,16 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.contrast import contrasts
-from mechmm.engine.wiring import wired
+from mechmm.engine.ablate import run_circuits, wired_as
+from mechmm.engine.unit_runs import mapped_as, run_units
 from mechmm.methods.attribution import Attribution
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
-from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.units import Units
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """MIB's shares of edges."""
@@ -49,9 +51,9 @@ class Faithfulness(Result):
     """The metric of every example with some circuits alone.
 
     Attributes:
-        circuits: a table with one row per circuit: name, edges, share of all edges, and whether it
-            is a random one (`null`).
-        values: [circuit, example]. full, empty: with all edges and with none [example].
+        circuits: a table with one row per circuit: name, how many edges (or nodes, neurons), their
+            share of all, and whether it is a random one (`null`).
+        values: [circuit, example]. full, empty: with all of them and with none [example].
         metric, target: names.
     """
 
@@ -61,6 +63,11 @@ class Faithfulness(Result):
     empty: Float[Tensor, " example"] = field(metadata={"axis": 0})
     metric: str
     target: str
+
+    @property
+    def noun(self) -> str:
+        """What circuits are made of: `edges`, `nodes` or `neurons`."""
+        return str(self.circuits.columns[1])
 
     def faithfulness(self) -> Float[Tensor, " circuit"]:
         """f of every circuit: a ratio of means, so that pairs of small effect cannot dominate."""
@@ -121,7 +128,7 @@ class Faithfulness(Result):
         full, empty = float(self.full.mean()), float(self.empty.mean())
         return (
             f"{len(self.circuits) - random} circuits and {random} random ones of the same sizes, "
-            f"{self.values.shape[1]} pairs; {self.metric} is {full:.2f} with all edges and "
+            f"{self.values.shape[1]} pairs; {self.metric} is {full:.2f} with all {self.noun} and "
             f"{empty:.2f} with none ({self.target}). The whole model has a faithfulness of 1."
         )
 
@@ -139,22 +146,22 @@ class Faithfulness(Result):
             {name: table.rename(columns=names) for name, table in found.items()},
             f"faithfulness: {', '.join(areas)}",
             f"{self.metric}, {self.target}; 95 % intervals over {self.values.shape[1]} examples",
-            x_title="share of edges kept",
+            x_title=f"share of {self.noun} kept",
             y_title="faithfulness",
             null="random circuits",
         )
 
     def _bars(self) -> Figure:
         """Circuits, then the random ones of every size, over the range of all random ones."""
-        table = self.to_dataframe()
+        table = self.to_dataframe().rename(columns={self.noun: "size"})
         own, null = table[~table["null"]], table.loc[table["null"], "faithfulness"]
         rows = [
-            (f"{row.name}, {row.edges} edges", row.faithfulness, row.low, row.high)
+            (f"{row.name}, {row.size} {self.noun}", row.faithfulness, row.low, row.high)
             for row in own.drop(columns="null").itertuples(index=False, name="Row")
         ]
         for row in self.curve(null=True).itertuples(index=False, name="Row"):
-            edges = round(row.fraction * own["edges"].iat[0] / own["fraction"].iat[0])
-            rows.append((f"random, {edges} edges", row.faithfulness, row.low, row.high))
+            size = round(row.fraction * own["size"].iat[0] / own["fraction"].iat[0])
+            rows.append((f"random, {size} {self.noun}", row.faithfulness, row.low, row.high))
         names, value, low, high = zip(*rows, strict=True)
         ends = null.quantile([0.025, 0.975]).round(6)  # less is rounding error of the model
         return plots.bars(
@@ -185,7 +192,7 @@ def faithfulness(
     batch_size: int = 16,
     seed: int = 0,
 ) -> Faithfulness:
-    """Run circuits alone: every edge outside them is at its reference value.
+    """Run circuits alone: every edge (node, neuron) outside them is at its reference value.
 
     Args:
         circuit: one or several, of one graph.
@@ -194,22 +201,31 @@ def faithfulness(
         batch_size: pairs that run together. seed: of the random circuits.
 
     Raises:
-        ValueError: a graph of another model; an empty circuit; an unknown target.
+        ValueError: a graph of another model, or different ones; an empty circuit; an unknown
+            target.
         SpanError: a span of the graph that the pairs do not have.
     """
     circuits = [circuit] if isinstance(circuit, Circuit) else list(circuit)
-    for one in circuits:
-        _check(model, one)
+    units = mapped_as(model, circuits) if _of_units(circuits) else None
+    wiring = wired_as(model, circuits) if units is None else units.wiring
     nulls = [(i, one.random(seed + k)) for i, one in enumerate(circuits) for k in range(n_random)]
     table = pd.DataFrame(
         [(f"circuit {i}", len(c), len(c) / len(c.graph), False) for i, c in enumerate(circuits)]
         + [(f"random {i}", len(c), len(c) / len(c.graph), True) for i, c in nulls],
-        columns=["name", "edges", "fraction", "null"],
+        columns=["name", circuits[0].graph.noun, "fraction", "null"],
     )
     every = [c.keep for c in circuits] + [c.keep for _, c in nulls]
-    found = run_circuits(model, pairs, circuits[0].graph, every, metric, target, batch_size)
+    rest = (every, metric, target, batch_size)
+    if units is not None:
+        found = run_units(model, pairs, units, *rest)
+    else:
+        found = run_circuits(model, pairs, wiring, *rest)
     name = name_of(metric)
     return Faithfulness(table, *found, name, target)
+
+
+def _of_units(circuits: Sequence[Circuit]) -> bool:
+    return bool(circuits) and isinstance(circuits[0].graph, Units)
 
 
 def faithfulness_curve(
@@ -229,8 +245,8 @@ def faithfulness_curve(
     """f of the circuits that some scores give, from the smallest to the whole model.
 
     Args:
-        fractions: of all edges that are kept.
-        signed, greedy: how edges are chosen (`Attribution.circuit`).
+        fractions: of all edges, nodes or neurons, that are kept.
+        signed, greedy: how these are chosen (`Attribution.circuit`).
         Other arguments: as `faithfulness`.
 
     Raises:
@@ -240,44 +256,3 @@ def faithfulness_curve(
     circuits = [scores.circuit(fraction=fraction, **options) for fraction in fractions]
     rest: dict[str, Any] = {"n_random": n_random, "batch_size": batch_size, "seed": seed}
     return faithfulness(model, pairs, circuits, metric=metric, target=target, **rest)
-
-
-def run_circuits(
-    model: HookedMultimodal,
-    pairs: PairDataset,
-    graph: Graph,
-    keeps: Sequence[np.ndarray],
-    metric: Metric,
-    target: str,
-    batch_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The metric with some edges kept [circuit, example], with all and with none [example]."""
-    wiring = wired(model, graph.spans[:-1])
-    columns = []
-    every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
-    for parts in contrasts(model, pairs, wiring, metric, target, batch_size, streams=True):
-        splices = [part.splice() for part in parts]
-        found = [sum(splice.run(masks) for splice in splices) for masks in _masks(graph, every)]
-        columns.append(torch.stack([value.float().cpu() for value in found]))  # type: ignore[union-attr]
-    values = torch.cat(columns, dim=1)
-    return values[:-2], values[-2], values[-1]
-
-
-def _masks(graph: Graph, keeps: Sequence[np.ndarray]) -> Iterator[list[Tensor]]:
-    for keep in keeps:
-        yield [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
-
-
-def _check(model: HookedMultimodal, circuit: Circuit) -> None:
-    graph = circuit.graph
-    own = wired(model, graph.spans[:-1]).graph
-    if not graph.matches(own):
-        raise ValueError(
-            f"the circuit is of {graph}, the model has {own}; find circuits on the model that they "
-            "are tested on"
-        )
-    if not circuit.keep.any():
-        raise ValueError(
-            "the circuit is empty, or no edge of it lies on a way from an input to the logits; "
-            "keep more edges (n=, fraction=)"
-        )

@@ -1,4 +1,5 @@
-"""A circuit: some edges of a graph, chosen by their scores; set operations and exports."""
+"""A circuit: some edges of a graph, or some of its nodes or neurons, chosen by their scores; set
+operations and exports."""
 
 from __future__ import annotations
 
@@ -11,34 +12,36 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from plotly.graph_objects import Figure
 
 from mechmm.results.drawing import drawn
 from mechmm.results.graph import Graph
+from mechmm.results.maps import tower_maps
 from mechmm.results.result import Result
+from mechmm.results.units import Units, graph_of
 
 
 @dataclass(frozen=True, eq=False)
 class Circuit(Result):
-    """Some edges of a graph.
+    """Some edges of a graph, or some units: nodes, or neurons.
 
     Attributes:
-        graph: of the whole model.
-        keep: which edges [edge].
-        scores: of all edges, NaN where they were not chosen by any [edge].
+        graph: of the whole model, or its units.
+        keep: which edges or units [edge].
+        scores: of all of them, NaN where they were not chosen by any [edge].
     """
 
-    graph: Graph
+    graph: Graph | Units
     keep: Bool[np.ndarray, " edge"]
     scores: Float[np.ndarray, " edge"]
 
     def __post_init__(self) -> None:
         if self.keep.shape != (len(self.graph),):
             raise ValueError(
-                f"a circuit of {self.graph} needs one true or false per edge, not an array of "
-                f"shape {list(self.keep.shape)}"
+                f"a circuit of {self.graph} needs one true or false for each of its "
+                f"{self.graph.noun}, not an array of shape {list(self.keep.shape)}"
             )
 
     def _values(self) -> dict[str, Any]:
@@ -46,39 +49,57 @@ class Circuit(Result):
 
     @classmethod
     def _from_values(cls, values: dict[str, Any]) -> Circuit:
-        return cls(**{**values, "graph": Graph.of(values["graph"])})
+        return cls(**{**values, "graph": graph_of(values["graph"])})
 
     @classmethod
-    def named(cls, graph: Graph, edges: list[str] | tuple[str, ...]) -> Circuit:
-        """The circuit of edges by name (`a0.h1->m2`).
+    def named(cls, graph: Graph | Units, names: list[str] | tuple[str, ...]) -> Circuit:
+        """The circuit of edges by name (`a0.h1->m2`), or of units (`a0.h1`, `m2.n17`).
 
         Raises:
-            EdgeError: for a name that no edge has.
+            EdgeError: for a name that no edge or unit has.
         """
         keep = np.zeros(len(graph), dtype=bool)
-        keep[graph.edges(edges)] = True
+        keep[graph.edges(names) if isinstance(graph, Graph) else graph.numbers(names)] = True
         return cls(graph, keep, np.full(len(graph), np.nan, dtype=np.float32))
 
     def __len__(self) -> int:
-        """Its edges."""
+        """How many edges or units it has."""
         return int(self.keep.sum())
 
     def __repr__(self) -> str:
         share = len(self) / max(1, len(self.graph))
-        return f"Circuit({len(self)} of {len(self.graph)} edges, {share:.2%})"
+        return f"Circuit({len(self)} of {len(self.graph)} {self.graph.noun}, {share:.2%})"
 
     @property
-    def edges(self) -> list[str]:
-        """Names of its edges."""
+    def names(self) -> list[str]:
+        """Names of its edges or units."""
         return self.graph.names(np.flatnonzero(self.keep))
 
     @property
+    def edges(self) -> list[str]:
+        """Names of its edges; of a circuit of units, those of all edges between its nodes."""
+        return self.edges_between().names
+
+    @property
     def nodes(self) -> list[str]:
-        """Names of the writers and readers that its edges join, each node once."""
+        """Names of its nodes, or of those that its edges join, each once. A node of which a neuron
+        is kept counts."""
         graph, at = self.graph, np.flatnonzero(self.keep)
+        if isinstance(graph, Units):
+            return graph.writers["name"].iloc[np.unique(graph.src[at])].tolist()
         writers = graph.writers["name"].iloc[np.unique(graph.src[at])]
         readers = [graph.owners[reader] for reader in np.unique(graph.dst[at])]
         return list(dict.fromkeys([*writers, *readers]))
+
+    def edges_between(self) -> Circuit:
+        """The circuit of all edges between its nodes, and from them to the logits; scores are NaN.
+        Of a circuit of neurons: between the nodes that they are parts of; one of edges is itself.
+        """
+        if isinstance(self.graph, Graph):
+            return self
+        graph = self.graph.graph
+        keep = graph.between(self.graph.nodes(self.keep))
+        return Circuit(graph, keep, np.full(len(graph), np.nan, dtype=np.float32))
 
     # Sets ------------------------------------------------------------------------------------
 
@@ -95,11 +116,14 @@ class Circuit(Result):
         return self._with(~self.keep)
 
     def pruned(self) -> Circuit:
-        """Without edges on no way from an input to the logits."""
+        """Without edges on no way from an input to the logits. A circuit of units stays as it is:
+        what is kept may act through units that are not, at their reference values."""
+        if isinstance(self.graph, Units):
+            return self
         return self._with(self.graph.pruned(self.keep))
 
     def random(self, seed: int = 0) -> Circuit:
-        """As many edges, chosen at random, the same number in every span."""
+        """As many edges or units, chosen at random, the same number in every span."""
         rng, keep = np.random.default_rng(seed), np.zeros_like(self.keep)
         for span in range(len(self.graph.spans)):
             there = np.flatnonzero(self.graph.span == span)
@@ -111,8 +135,8 @@ class Circuit(Result):
         circuits of the same sizes.
 
         Returns:
-            One row per span (`all` first): edges of both, iou, and the mean and 95 % quantile of
-            the random ones.
+            One row per span (`all` first): edges (nodes, neurons) of both, iou, and the mean and
+            95 % quantile of the random ones.
         """
         self._of(other)
         rng, rows = np.random.default_rng(seed), []
@@ -126,7 +150,8 @@ class Circuit(Result):
             iou = float((a & b).sum() / max(1, (a | b).sum()))
             row = (name, int(a.sum()), int(b.sum()), iou)
             rows.append((*row, float(null.mean()), float(np.quantile(null, 0.95))))
-        columns = ["span", "edges", "other_edges", "iou", "random_mean", "random_high"]
+        noun = self.graph.noun
+        columns = ["span", noun, f"other_{noun}", "iou", "random_mean", "random_high"]
         return pd.DataFrame(rows, columns=columns)
 
     def _of(self, other: Circuit) -> Circuit:
@@ -148,7 +173,8 @@ class Circuit(Result):
     ) -> Figure:
         """The circuit from picture to answer: towers from left to right, layers as columns, a lane
         per span. Width and opacity of an edge tell |score|, blue supports the answer, red opposes
-        it; names and scores are shown on hover.
+        it; names and scores are shown on hover. Of a circuit of nodes: all edges between them; of
+        one of neurons: a map of how many are kept, by layer and kind.
 
         Args:
             picture: shown at the left.
@@ -157,27 +183,33 @@ class Circuit(Result):
         Raises:
             ValueError: no edges, or more than can be told apart.
         """
-        return drawn(self.graph, self.keep, self.scores, picture, grid, title)
+        if isinstance(self.graph, Units) and self.graph.granularity == "neuron":
+            return self._map(title)
+        own = self.edges_between()
+        assert isinstance(own.graph, Graph)
+        return drawn(own.graph, own.keep, own.scores, picture, grid, title)
+
+    def _map(self, title: str) -> Figure:
+        """Kept neurons by layer and kind, a map per tower."""
+        graph = self.graph
+        counts = np.bincount(graph.src[self.keep], minlength=len(graph.writers))
+        heading = f"{title}: {len(self)} of {len(graph)} {graph.noun}"
+        return tower_maps(by_layer(graph.writers, counts), heading, value_title="kept")
 
     # Exports ---------------------------------------------------------------------------------
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One row per edge: name, writer, reader, span, score."""
-        graph, at = self.graph, np.flatnonzero(self.keep)
-        return pd.DataFrame(
-            {
-                "edge": graph.names(at),
-                "writer": graph.writers["name"].to_numpy()[graph.src[at]],
-                "reader": graph.readers["name"].to_numpy()[graph.dst[at]],
-                "span": np.array(graph.spans)[graph.span[at]],
-                "score": self.scores[at],
-            }
-        )
+        """One row per edge (name, writer, reader, tower, span, score) or unit (name, tower, kind,
+        layer, head, neuron, span, score)."""
+        at = np.flatnonzero(self.keep)
+        return self.graph.table(at).assign(score=self.scores[at])
 
     def to_networkx(self) -> nx.MultiDiGraph:
         """A networkx graph: a node per component, an edge per kept edge with the attributes reader,
         span and score; nodes have tower, kind and layer. Keys and values that several heads share
-        are a node of their own, of kind `kv`."""
+        are a node of their own, of kind `kv`. Of a circuit of units: `edges_between`."""
+        if isinstance(self.graph, Units):
+            return self.edges_between().to_networkx()
         graph, found = self.graph, nx.MultiDiGraph(model=self.graph.model)
         owners = dict(zip(graph.readers["name"], graph.owners, strict=True))
         used = set(self.nodes)
@@ -205,8 +237,22 @@ def _random_overlap(
     return both / np.maximum(1, a + b - both)
 
 
+def by_layer(
+    writers: pd.DataFrame, values: Float[np.ndarray, " writer"] | Int[np.ndarray, " writer"]
+) -> dict[str, tuple[np.ndarray, list[str], list[str]]]:
+    """Sums over the writers of every layer and kind, by tower: (values, layers, kinds)."""
+    maps = {}
+    for tower, group in writers.assign(value=values).groupby("tower", sort=False):
+        wide = group.pivot_table(
+            index="layer", columns="kind", values="value", aggfunc="sum", sort=False
+        ).sort_index(ascending=False)
+        rows = ["in" if layer < 0 else str(layer) for layer in wide.index]
+        maps[str(tower)] = (wide.to_numpy(float), rows, [str(kind) for kind in wide.columns])
+    return maps
+
+
 def chosen_edges(
-    graph: Graph,
+    graph: Graph | Units,
     scores: Float[np.ndarray, " edge"],
     n: int | None,
     fraction: float | None,
@@ -214,7 +260,7 @@ def chosen_edges(
     signed: bool,
     greedy: bool,
 ) -> Bool[np.ndarray, " edge"]:
-    """The edges with the largest scores (arguments as `Attribution.circuit`)."""
+    """The edges or units with the largest scores (arguments as `Attribution.circuit`)."""
     given = [size is not None for size in (n, fraction, threshold)]
     if sum(given) != 1:
         raise ValueError("give exactly one of n, fraction and threshold")
@@ -223,16 +269,25 @@ def chosen_edges(
         n = int((value >= threshold).sum())
     if fraction is not None:
         if not 0 < fraction <= 1:
-            raise ValueError(f"fraction is {fraction}; give a share of the edges in (0, 1]")
+            raise ValueError(f"fraction is {fraction}; give a share of the {graph.noun} in (0, 1]")
         n = max(1, round(fraction * len(graph)))
     assert n is not None
     if not 0 <= n <= len(graph):
-        raise ValueError(f"{n} edges were asked for, of a graph with {len(graph)}")
+        raise ValueError(f"{n} {graph.noun} were asked for, of a graph with {len(graph)}")
     if greedy:
-        return _greedy(graph, value, n)
+        return _greedy(_edged(graph), value, n)
     keep = np.zeros(len(graph), dtype=bool)
     keep[np.argsort(-value, kind="stable")[:n]] = True
     return keep
+
+
+def _edged(graph: Graph | Units) -> Graph:
+    if isinstance(graph, Units):
+        raise ValueError(
+            f"greedy follows edges from the logits backwards, and {graph.noun} have none; leave it "
+            "out, or score edges (granularity='edge')"
+        )
+    return graph
 
 
 def _greedy(graph: Graph, value: np.ndarray, n: int) -> np.ndarray:

@@ -104,6 +104,11 @@ class Graph:
         nodes = f"{len(self.writers)} writers, {len(self.readers)} readers"
         return f"Graph({self.model}: {nodes}, {len(self)} edges{split})"
 
+    @property
+    def noun(self) -> str:
+        """What is counted."""
+        return "edges"
+
     def plain(self) -> dict[str, Any]:
         """What `Result.save` can store; `Graph.of` makes the graph of it again."""
         blocks = [(b.tower, b.layer, b.writers, b.readers, b.spans) for b in self.blocks]
@@ -122,10 +127,11 @@ class Graph:
         blocks = tuple(Block(*block) for block in plain["blocks"])
         return cls(**{**plain, "blocks": blocks})
 
-    def matches(self, other: Graph) -> bool:
-        """Whether the other graph has the same nodes, edges and spans."""
+    def matches(self, other: Any) -> bool:
+        """Whether the other is a graph too, with the same nodes, edges and spans."""
         return (
-            self.blocks == other.blocks
+            isinstance(other, Graph)
+            and self.blocks == other.blocks
             and self.spans == other.spans
             and self.writers["name"].equals(other.writers["name"])
             and self.readers["name"].equals(other.readers["name"])
@@ -174,6 +180,19 @@ class Graph:
         spans = self.span[at].tolist()
         ends = zip(writers[self.src[at]], readers[self.dst[at]], spans, strict=True)
         return [f"{a}->{b}{self._at(span)}" for a, b, span in ends]
+
+    def table(self, edges: Int[np.ndarray, " some"]) -> pd.DataFrame:
+        """Some edges as a table: name, writer, reader, tower, span."""
+        writers, src = self.writers, self.src[edges]
+        return pd.DataFrame(
+            {
+                "edge": self.names(edges),
+                "writer": writers["name"].to_numpy()[src],
+                "reader": self.readers["name"].to_numpy()[self.dst[edges]],
+                "tower": writers["tower"].to_numpy()[src],
+                "span": np.array(self.spans)[self.span[edges]],
+            }
+        )
 
     def _at(self, span: int) -> str:
         return f" @ {self.spans[span]}" if self.spans[span] else ""
@@ -253,6 +272,19 @@ class Graph:
             there = fed[slice(*block.writers)][:, block.spans].T
             onward = used[slice(*block.readers)][:, block.spans].T
             parts.append((part & there[:, :, None] & onward[:, None, :]).ravel())
+        return np.concatenate(parts)
+
+    def between(self, nodes: Bool[np.ndarray, "writer span"]) -> Bool[np.ndarray, " edge"]:
+        """The edges from some nodes to these nodes, or to the logits."""
+        into = np.zeros((len(self.readers), len(self.spans)), dtype=bool)
+        into[self.readers["kind"].to_numpy() == "logits"] = True
+        for reader, writer in self.links.tolist():
+            into[reader] |= self._through(reader, nodes[writer])
+        parts = []
+        for block in self.blocks:
+            out = nodes[slice(*block.writers)][:, block.spans].T
+            back = into[slice(*block.readers)][:, block.spans].T
+            parts.append((out[:, :, None] & back[:, None, :]).ravel())
         return np.concatenate(parts)
 
     def _fed(self, keep: np.ndarray) -> Bool[np.ndarray, "writer span"]:

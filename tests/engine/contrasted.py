@@ -20,7 +20,8 @@ from mechmm.engine.contrast import Contrast, streams_of
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.flow import Edit, hooks_of, slopes, slopes_at, stem, values
 from mechmm.engine.readers import Reader
-from mechmm.engine.wiring import Group, Wiring, wired
+from mechmm.engine.units import UnitBatch, UnitMap, unit_map
+from mechmm.engine.wiring import Group, Wiring
 from mechmm.engine.writers import grid
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
@@ -41,6 +42,7 @@ class Contrasted:
     family: str
     spans: tuple[str, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
+    granularity: str = "node"
 
     @cached_property
     def model(self) -> HookedMultimodal:
@@ -48,7 +50,15 @@ class Contrasted:
 
     @cached_property
     def wiring(self) -> Wiring:
-        return wired(self.model, self.spans)
+        return self.map.wiring
+
+    @cached_property
+    def map(self) -> UnitMap:
+        return unit_map(self.model, self.spans, self.granularity)
+
+    @cached_property
+    def units(self) -> UnitBatch:
+        return UnitBatch(self.contrast, self.map)
 
     @cached_property
     def batches(self) -> tuple[Batch, Batch]:
@@ -82,9 +92,10 @@ class Contrasted:
     @cached_property
     def contrast(self) -> Contrast:
         written = hooks_of(self.model, self.wiring)[0]
-        names = list(dict.fromkeys([*written, *streams_of(self.model, self.wiring)]))
+        every = [*written, *streams_of(self.model, self.wiring), *self.map.hidden]
+        names = list(dict.fromkeys(every))
         clean, corrupt = (values(self.model, p, self.answers, names) for p in self.parts)
-        rest = (self.answers, clean, corrupt, (0, 1))
+        rest = (self.answers, clean, corrupt, tuple(range(len(self.batches[0]))))
         return Contrast(self.model, self.wiring, *self.parts, *rest)
 
     def scores(self) -> Tensor:
