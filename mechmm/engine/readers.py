@@ -68,10 +68,13 @@ class Reader:
         self.dense = new if self.dense is None else self.dense + new
 
     def at(
-        self, at: At, out: Float[Tensor, "reader place d_model"]
+        self, at: At, out: Float[Tensor, "reader place d_model"] | None = None
     ) -> Float[Tensor, "reader place d_model"]:
-        """The mean slope at some places, written into `out`."""
+        """The mean slope at some places, written into `out` if it is given."""
         own = self.dense if self.dense is not None else self.heads[0]
+        if out is None:
+            first, stop = self.group.nodes
+            out = own.new_empty(stop - first, len(at[0]), self.tower.cfg.d_model)
         if out.device != own.device:
             return out.copy_(self.at(at, torch.empty_like(out, device=own.device)))
         if self.dense is not None:

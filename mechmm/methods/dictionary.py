@@ -460,7 +460,7 @@ class _Gathered:
         self, own: Places, value: Tensor, slope: Tensor, batch: PairBatch, first: bool
     ) -> Float[Tensor, "example feature"]:
         """The attribution of some places; where they are met first, their activations are kept."""
-        where = index(self.sae.hook, own.row, own.position, own.part, value.device)
+        where = index(self.sae.hook, own.row, own.position, own.part, value)
         wide, steep = (t[where].reshape(len(own), -1).float() for t in (value, slope))
         features = self.sae.encode(wide)
         if first:

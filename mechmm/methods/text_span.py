@@ -31,9 +31,9 @@ from jaxtyping import Float, Int
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.engine.shares import direct
 from mechmm.engine.embeddings import check_dual, embeddings
 from mechmm.engine.record import values
+from mechmm.engine.shares import direct
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
