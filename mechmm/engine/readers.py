@@ -74,7 +74,7 @@ class Reader:
         own = self.dense if self.dense is not None else self.heads[0]
         if out is None:
             first, stop = self.group.nodes
-            out = own.new_empty(stop - first, len(at[0]), self.tower.cfg.d_model)
+            out = own.new_empty(stop - first, len(own[at]), self.tower.cfg.d_model)
         if out.device != own.device:
             return out.copy_(self.at(at, torch.empty_like(out, device=own.device)))
         if self.dense is not None:

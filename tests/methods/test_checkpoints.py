@@ -52,7 +52,8 @@ def test_measures_are_numbers_or_one_per_example(found):
     assert len(table) == 6
     clean = table[table["measure"] == "clean"]
     assert np.allclose(clean["value"], [float(r.clean.mean()) for r in found.results])
-    assert (clean["low"] <= clean["value"]).all() and (clean["value"] <= clean["high"]).all()
+    assert (clean["low"] <= clean["value"]).all()
+    assert (clean["value"] <= clean["high"]).all()
     assert table.loc[table["measure"] == "largest", "low"].isna().all()
     figures = found.plot(measures)
     assert set(figures) == {"clean", "largest"}
