@@ -15,27 +15,24 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
-    from mechmm.methods.attribution import Attribution, attribute, graph
-    from mechmm.methods.back_patch import BackPatching, back_patch
-    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
     from mechmm.methods.attribution import Attribution, attribute
+    from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
-    from mechmm.methods.modality_gap import ModalityGap, modality_gap
-    from mechmm.methods.patching import Patching, patch
-    from mechmm.methods.probe import Probe, probe
-    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
     )
     from mechmm.methods.early_exit import EarlyExit, early_exit
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.probe import Probe, probe
     from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
+    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
@@ -55,27 +52,24 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
-    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
-    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
-    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
+    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
-    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
-    "mechmm.methods.patching": ("Patching", "patch"),
-    "mechmm.methods.probe": ("Probe", "probe"),
-    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
     ),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
+    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
@@ -105,8 +99,8 @@ __all__ = [
     "Graph",
     "HookedMultimodal",
     "Knockout",
-    "OverCheckpoints",
     "ModalityGap",
+    "OverCheckpoints",
     "Page",
     "Pair",
     "PairDataset",
@@ -125,11 +119,10 @@ __all__ = [
     "accuracy",
     "attribute",
     "audit",
+    "back_patch",
     "cka",
     "data",
     "dictionary",
-    "back_patch",
-    "data",
     "direct_logit_attribution",
     "early_exit",
     "faithfulness",
@@ -141,16 +134,16 @@ __all__ = [
     "log_prob",
     "logit_diff",
     "mediation",
-    "over_checkpoints",
     "modality_gap",
+    "over_checkpoints",
     "patch",
     "prob",
     "probe",
     "sites",
+    "subspace_interchange",
     "text_span",
     "train_sae",
     "untrained",
-    "subspace_interchange",
 ]
 
 
