@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
-    from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.engine.units import graph
+    from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from mechmm.results.graph import Graph
     from mechmm.results.report import Page
     from mechmm.results.units import Units
+    from mechmm.results.units import Units
 
 __version__ = "0.1.0"
 
@@ -55,7 +57,8 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
-    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
+    "mechmm.engine.units": ("graph",),
+    "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
@@ -85,6 +88,7 @@ _HOME = {
     "mechmm.results.circuit": ("Circuit",),
     "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
+    "mechmm.results.units": ("Units",),
     "mechmm.results.units": ("Units",),
 }
 _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
@@ -120,6 +124,7 @@ __all__ = [
     "Sweep",
     "TextSpan",
     "TokenLayout",
+    "Units",
     "Units",
     "Words",
     "accuracy",
