@@ -288,8 +288,8 @@ def text_rows(case: Case, run: Run) -> list[Row]:
 def tower_row(shape: Shape, pairs: int, run: Run) -> Row:
     """EAP over both towers as a multiple of the bare passes."""
     case = Case(shape, pairs)
-    ours = lambda: case.ours("image", "eap")  # noqa: E731
-    times = interleaved({OURS: ours, BARE: case.passes("image")}, run.rounds)
+    sides = {OURS: lambda: case.ours("image", "eap"), BARE: case.passes("image")}
+    times = interleaved(sides, run.rounds)
     name = f"EAP, both towers: {shape.layers} layers, {case.positions} positions, pairs: {pairs}"
     goal = "<= 1.6" if run.real else None
     return compare(name, BARE, "ms", times[OURS], times[BARE], goal)
@@ -474,12 +474,15 @@ def main() -> None:
     options = parser(__doc__.split("\n")[0])
     options.add_argument("--rounds", type=int, default=5, help="each side runs so often (5)")
     options.add_argument("--sample", type=int, default=20, help="edges of slow peers (20)")
+    options.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="positions, where edges are split"
+    )
     options.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     options.add_argument("--peers", metavar="PYTHON", help="an interpreter that has the packages")
     chosen = options.parse_args()
     settle()
     shape = SHAPES["tiny" if chosen.quick else "small"]
-    lengths = LENGTHS[:1] if chosen.quick else LENGTHS
+    lengths = LENGTHS[:1] if chosen.quick else chosen.lengths
     rounds = 2 if chosen.quick else chosen.rounds
     run = Run(rounds, chosen.peers, shape.real, lengths, chosen.sample)
     report(measure(shape, run, chosen.jobs), chosen.json)

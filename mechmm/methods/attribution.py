@@ -338,6 +338,10 @@ def _products(
     contrast: Contrast, readers: Sequence[Reader], group: Group | None = None
 ) -> Float[Tensor, "example edge"]:
     """Scores of all edges, or of those out of one group of writers."""
+    if group is not None and group.kind != "projector":  # of which alone keys and values are made
+        unread = (Reader(contrast.model, r.group) for r in readers)
+        pairs = zip(readers, unread, strict=True)
+        readers = [none if r.group.kind == "states" else r for r, none in pairs]
     writers = [w for w in contrast.writers if group in (None, w.group)]
     return edge_scores(contrast.wiring, writers, readers, *contrast.changes(), contrast.places)
 

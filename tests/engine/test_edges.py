@@ -7,8 +7,10 @@ import pytest
 import torch
 from contrasted import NO_EDGES, Contrasted
 
+from mechmm.engine.flow import slopes_at, values
 from mechmm.engine.splice import stream_at
 from mechmm.engine.wiring import StreamError, wired
+from mechmm.methods.attribution import _by_layer
 from mechmm.model.families import FAMILIES
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import PADDING, SpanError
@@ -116,6 +118,27 @@ def test_a_position_that_a_prompt_has_not_is_refused():
     case = Contrasted("llava", ("1000",))
     with pytest.raises(SpanError, match=r"prompt 0 has \d+ positions, and none with the number"):
         case.scores()
+
+
+def test_activations_on_the_way_score_keys_and_values_of_pictures_once():
+    """Scores of the edges into them add up to what they alone do, up to the sum over steps."""
+    contrast = (case := Contrasted("mllama")).contrast
+    scores, blocks = _by_layer(contrast, steps=3), case.wiring.graph.by_block
+    kinds = [group.kind for group in case.wiring.readers]
+    found = sum(
+        p.sum((1, 2, 3))
+        for p, k in zip(blocks(scores.numpy()), kinds, strict=True)
+        if k == "states"
+    )
+    edits = [
+        (hook, lambda value, hook: contrast.clean.values[hook.name])
+        for group in case.wiring.readers
+        if group.kind == "states"
+        for hook in slopes_at(case.model, group)
+    ]
+    moved = values(case.model, contrast.corrupt_part, case.answers, [], edits).metric
+    wanted = moved - contrast.reference.metric
+    assert (torch.as_tensor(found) - wanted).abs().max() < 0.3 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("family", NO_EDGES)
