@@ -239,6 +239,12 @@ def agree(ours: Tensor, theirs: Tensor, what: str) -> float:
     return gap
 
 
+def told(row: Row) -> Row:
+    """The row, printed as soon as it is there."""
+    print(" | ".join(map(str, asdict(row).values())), flush=True)
+    return row
+
+
 # Jobs -----------------------------------------------------------------------------------------
 
 
@@ -271,16 +277,17 @@ def text_rows(case: Case, run: Run) -> list[Row]:
             theirs = process.scores(library, job, **options)
             if (library, job) != (AUTO_CIRCUIT, "eap-ig"):  # it integrates over masks
                 gaps[library] = agree(ours, theirs, f"{job}, {library}")
-        times = interleaved(sides, run.rounds)
+        times = interleaved(sides, run.rounds, warm=job == "eap-ig")
         name = {"eap": "EAP", "eap-ig": f"EAP-IG, {STEPS} steps"}[job]
         name += f", text, {len(ours)} edges"
         for other, goal in goals[job].items():
             if other in process.missing:
-                rows.append(Row(name, other, "ms", note=process.missing[other]))
+                rows.append(told(Row(name, other, "ms", note=process.missing[other])))
                 continue
             pair = times[OURS], times[other]
             bound, turned = goal if run.real else None, other != BARE
-            rows.append(compare(name, other, "ms", *pair, bound, gaps.get(other), turned))
+            row = compare(name, other, "ms", *pair, bound, gaps.get(other), turned)
+            rows.append(told(row))
     process.close()
     return rows
 
@@ -292,7 +299,7 @@ def tower_row(shape: Shape, pairs: int, run: Run) -> Row:
     times = interleaved(sides, run.rounds)
     name = f"EAP, both towers: {shape.layers} layers, {case.positions} positions, pairs: {pairs}"
     goal = "<= 1.6" if run.real else None
-    return compare(name, BARE, "ms", times[OURS], times[BARE], goal)
+    return told(compare(name, BARE, "ms", times[OURS], times[BARE], goal))
 
 
 def memory_row(case: Case, run: Run, pairs: int) -> Row:
@@ -301,7 +308,7 @@ def memory_row(case: Case, run: Run, pairs: int) -> Row:
     theirs = peak_bytes(case.passes("image").both) / 1e6
     goal = "<= 2" if run.real else None
     name = f"EAP, both towers, pairs: {pairs}: peak memory"
-    return compare(name, "one forward and backward pass", "MB", [ours], [theirs], goal)
+    return told(compare(name, "one forward and backward pass", "MB", [ours], [theirs], goal))
 
 
 def split_rows(shape: Shape, run: Run) -> list[Row]:
@@ -319,9 +326,9 @@ def split_rows(shape: Shape, run: Run) -> list[Row]:
         above, name = words >= 64 and run.real, f"EAP split by position, {words} positions"
         goals = (">= 30", ">= 9") if above else (None, None)
         pair = times[OURS], times[LENS]
-        rows.append(compare(name, LENS, "ms", *pair, goals[0], gap, turned=True))
+        rows.append(told(compare(name, LENS, "ms", *pair, goals[0], gap, turned=True)))
         memory = [[peak_resident(side) / 1e6] for side in (ours, lens)]
-        rows.append(compare(f"{name}: memory", LENS, "MB", *memory, goals[1], turned=True))
+        rows.append(told(compare(f"{name}: memory", LENS, "MB", *memory, goals[1], turned=True)))
     return rows
 
 

@@ -308,6 +308,7 @@ def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "examp
     for flow in (contrast.clean, contrast.reference):
         if flow.slopes:
             _take(readers, flow)
+            flow.slopes.clear()  # they take as much as what was recorded
     inputs = [group for group in contrast.wiring.writers if group.kind == "input"]
     for k in range(1, steps) if method == "eap-ig-inputs" else ():
         _add(contrast, readers, _towards(contrast, inputs, k / steps))
