@@ -24,6 +24,7 @@ import random
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -259,9 +260,9 @@ class Run:
     sample: int
 
 
-def text_rows(case: Case, run: Run) -> list[Row]:
+def text_rows(case: Case, process: Process, run: Run) -> list[Row]:
     """EAP and EAP-IG on text, beside the passes and both packages."""
-    process, rows = Process(case, run.python), []
+    rows = []
     goals = {
         "eap": {BARE: "<= 1.6", EAP_IG: ">= 9", AUTO_CIRCUIT: ">= 9"},
         "eap-ig": {EAP_IG: ">= 8", AUTO_CIRCUIT: ">= 11"},
@@ -288,7 +289,6 @@ def text_rows(case: Case, run: Run) -> list[Row]:
             bound, turned = goal if run.real else None, other != BARE
             row = compare(name, other, "ms", *pair, bound, gaps.get(other), turned)
             rows.append(told(row))
-    process.close()
     return rows
 
 
@@ -388,9 +388,8 @@ class Lens:
 # Exact scores ---------------------------------------------------------------------------------
 
 
-def exact_rows(case: Case, run: Run) -> list[Row]:
+def exact_rows(case: Case, process: Process, run: Run) -> list[Row]:
     """One patched run an edge, scaled to all edges of the language model."""
-    process = Process(case, run.python)
     edges = len(case.language(case.ours("text", "random")))
     mine = 0.0
     for layers, wiring in sampled(case):
@@ -409,7 +408,6 @@ def exact_rows(case: Case, run: Run) -> list[Row]:
         return [Row(name, EAP_IG, "s", note=process.missing[EAP_IG]), *rows]
     options = {"edges": run.sample, "seed": 0}
     taken = process.ask(EAP_IG, "exact", **options)["milliseconds"] * edges / run.sample / 1000
-    process.close()
     return [compare(name, EAP_IG, "s", [seconds], [taken], goals[0], turned=True), *rows]
 
 
@@ -452,10 +450,11 @@ def edges_of(case: Case, layers: range) -> int:
 def measure(shape: Shape, run: Run, jobs: Sequence[str]) -> list[Row]:
     """The table."""
     rows: list[Row] = []
-    if "text" in jobs:
-        rows += text_rows(Case(shape), run)
-    if "exact" in jobs:
-        rows += exact_rows(Case(shape), run)
+    texts = {"text": text_rows, "exact": exact_rows}
+    for made in (texts[job] for job in texts if job in jobs):
+        case = Case(shape)
+        with closing(Process(case, run.python)) as process:
+            rows += made(case, process, run)
     if "towers" in jobs:
         rows += [tower_row(*size, run) for size in sizes(shape, run.real)]
     if "memory" in jobs:
