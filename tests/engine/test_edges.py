@@ -7,14 +7,16 @@ import pytest
 import torch
 from contrasted import NO_EDGES, Contrasted
 
+from mechmm.data.pairs import Pair, PairDataset, Prompt
 from mechmm.engine.flow import slopes_at, values
+from mechmm.engine.spans import span_names
 from mechmm.engine.splice import stream_at
 from mechmm.engine.wiring import StreamError, wired
 from mechmm.methods.attribution import _by_layer
 from mechmm.model.families import FAMILIES
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import PADDING, SpanError
-from mechmm.testing import RECIPES, tiny_hf
+from mechmm.testing import RECIPES, tiny, tiny_hf
 from mechmm.testing.edges import EdgeReference
 
 ANSWERING = [
@@ -163,3 +165,16 @@ def test_any_edges_cut_are_as_in_the_plain_reference(options):
         masks = [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
         wanted = (logits[:, 7] - logits[:, 11]).float()
         assert torch.allclose(splice.run(masks), wanted, atol=1e-4)
+
+
+def test_positions_are_spans_only_for_pairs_of_one_length():
+    model = tiny()
+    short, long = ("red circle", "blue circle"), ("the red circle", "the blue circle")
+    pairs = [Pair(*map(Prompt, texts), "red", "blue") for texts in (short, long)]
+    with pytest.raises(SpanError, match=r"pair 1 has \d+ positions, pair 0 has \d+"):
+        span_names("positions", PairDataset(pairs, model))
+    alone = PairDataset(pairs[1:], model)
+    count = int((alone.batch([0]).clean.layout.modality != PADDING).sum())
+    assert span_names("positions", alone) == tuple(map(str, range(count)))
+    with pytest.raises(SpanError, match="spans is the word 'image'; give a list of names"):
+        span_names("image", alone)
