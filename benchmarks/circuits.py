@@ -24,7 +24,8 @@ import random
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -239,6 +240,12 @@ def agree(ours: Tensor, theirs: Tensor, what: str) -> float:
     return gap
 
 
+def told(row: Row) -> Row:
+    """The row, printed as soon as it is there."""
+    print(" | ".join(map(str, asdict(row).values())), flush=True)
+    return row
+
+
 # Jobs -----------------------------------------------------------------------------------------
 
 
@@ -253,9 +260,9 @@ class Run:
     sample: int
 
 
-def text_rows(case: Case, run: Run) -> list[Row]:
+def text_rows(case: Case, process: Process, run: Run) -> list[Row]:
     """EAP and EAP-IG on text, beside the passes and both packages."""
-    process, rows = Process(case, run.python), []
+    rows = []
     goals = {
         "eap": {BARE: "<= 1.6", EAP_IG: ">= 9", AUTO_CIRCUIT: ">= 9"},
         "eap-ig": {EAP_IG: ">= 8", AUTO_CIRCUIT: ">= 11"},
@@ -271,28 +278,28 @@ def text_rows(case: Case, run: Run) -> list[Row]:
             theirs = process.scores(library, job, **options)
             if (library, job) != (AUTO_CIRCUIT, "eap-ig"):  # it integrates over masks
                 gaps[library] = agree(ours, theirs, f"{job}, {library}")
-        times = interleaved(sides, run.rounds)
+        times = interleaved(sides, run.rounds, warm=job == "eap-ig")
         name = {"eap": "EAP", "eap-ig": f"EAP-IG, {STEPS} steps"}[job]
         name += f", text, {len(ours)} edges"
         for other, goal in goals[job].items():
             if other in process.missing:
-                rows.append(Row(name, other, "ms", note=process.missing[other]))
+                rows.append(told(Row(name, other, "ms", note=process.missing[other])))
                 continue
             pair = times[OURS], times[other]
             bound, turned = goal if run.real else None, other != BARE
-            rows.append(compare(name, other, "ms", *pair, bound, gaps.get(other), turned))
-    process.close()
+            row = compare(name, other, "ms", *pair, bound, gaps.get(other), turned)
+            rows.append(told(row))
     return rows
 
 
 def tower_row(shape: Shape, pairs: int, run: Run) -> Row:
     """EAP over both towers as a multiple of the bare passes."""
     case = Case(shape, pairs)
-    ours = lambda: case.ours("image", "eap")  # noqa: E731
-    times = interleaved({OURS: ours, BARE: case.passes("image")}, run.rounds)
+    sides = {OURS: lambda: case.ours("image", "eap"), BARE: case.passes("image")}
+    times = interleaved(sides, run.rounds)
     name = f"EAP, both towers: {shape.layers} layers, {case.positions} positions, pairs: {pairs}"
     goal = "<= 1.6" if run.real else None
-    return compare(name, BARE, "ms", times[OURS], times[BARE], goal)
+    return told(compare(name, BARE, "ms", times[OURS], times[BARE], goal))
 
 
 def memory_row(case: Case, run: Run, pairs: int) -> Row:
@@ -301,7 +308,7 @@ def memory_row(case: Case, run: Run, pairs: int) -> Row:
     theirs = peak_bytes(case.passes("image").both) / 1e6
     goal = "<= 2" if run.real else None
     name = f"EAP, both towers, pairs: {pairs}: peak memory"
-    return compare(name, "one forward and backward pass", "MB", [ours], [theirs], goal)
+    return told(compare(name, "one forward and backward pass", "MB", [ours], [theirs], goal))
 
 
 def split_rows(shape: Shape, run: Run) -> list[Row]:
@@ -319,9 +326,9 @@ def split_rows(shape: Shape, run: Run) -> list[Row]:
         above, name = words >= 64 and run.real, f"EAP split by position, {words} positions"
         goals = (">= 30", ">= 9") if above else (None, None)
         pair = times[OURS], times[LENS]
-        rows.append(compare(name, LENS, "ms", *pair, goals[0], gap, turned=True))
+        rows.append(told(compare(name, LENS, "ms", *pair, goals[0], gap, turned=True)))
         memory = [[peak_resident(side) / 1e6] for side in (ours, lens)]
-        rows.append(compare(f"{name}: memory", LENS, "MB", *memory, goals[1], turned=True))
+        rows.append(told(compare(f"{name}: memory", LENS, "MB", *memory, goals[1], turned=True)))
     return rows
 
 
@@ -381,9 +388,8 @@ class Lens:
 # Exact scores ---------------------------------------------------------------------------------
 
 
-def exact_rows(case: Case, run: Run) -> list[Row]:
+def exact_rows(case: Case, process: Process, run: Run) -> list[Row]:
     """One patched run an edge, scaled to all edges of the language model."""
-    process = Process(case, run.python)
     edges = len(case.language(case.ours("text", "random")))
     mine = 0.0
     for layers, wiring in sampled(case):
@@ -402,7 +408,6 @@ def exact_rows(case: Case, run: Run) -> list[Row]:
         return [Row(name, EAP_IG, "s", note=process.missing[EAP_IG]), *rows]
     options = {"edges": run.sample, "seed": 0}
     taken = process.ask(EAP_IG, "exact", **options)["milliseconds"] * edges / run.sample / 1000
-    process.close()
     return [compare(name, EAP_IG, "s", [seconds], [taken], goals[0], turned=True), *rows]
 
 
@@ -445,10 +450,11 @@ def edges_of(case: Case, layers: range) -> int:
 def measure(shape: Shape, run: Run, jobs: Sequence[str]) -> list[Row]:
     """The table."""
     rows: list[Row] = []
-    if "text" in jobs:
-        rows += text_rows(Case(shape), run)
-    if "exact" in jobs:
-        rows += exact_rows(Case(shape), run)
+    texts = {"text": text_rows, "exact": exact_rows}
+    for made in (texts[job] for job in texts if job in jobs):
+        case = Case(shape)
+        with closing(Process(case, run.python)) as process:
+            rows += made(case, process, run)
     if "towers" in jobs:
         rows += [tower_row(*size, run) for size in sizes(shape, run.real)]
     if "memory" in jobs:
@@ -474,12 +480,15 @@ def main() -> None:
     options = parser(__doc__.split("\n")[0])
     options.add_argument("--rounds", type=int, default=5, help="each side runs so often (5)")
     options.add_argument("--sample", type=int, default=20, help="edges of slow peers (20)")
+    options.add_argument(
+        "--lengths", type=int, nargs="+", default=LENGTHS, help="positions, where edges are split"
+    )
     options.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS)
     options.add_argument("--peers", metavar="PYTHON", help="an interpreter that has the packages")
     chosen = options.parse_args()
     settle()
     shape = SHAPES["tiny" if chosen.quick else "small"]
-    lengths = LENGTHS[:1] if chosen.quick else LENGTHS
+    lengths = LENGTHS[:1] if chosen.quick else chosen.lengths
     rounds = 2 if chosen.quick else chosen.rounds
     run = Run(rounds, chosen.peers, shape.real, lengths, chosen.sample)
     report(measure(shape, run, chosen.jobs), chosen.json)

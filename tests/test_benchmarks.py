@@ -94,3 +94,34 @@ def test_peak_memory_is_exact(script):
         kept.append(torch.empty(500))
 
     assert peak_bytes(side) == 4000
+
+
+def test_circuits(script, tmp_path, capsys):
+    circuits, timing = script("circuits"), script("_timing")
+    toy = circuits.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8, real=False)
+    run = circuits.Run(rounds=1, python=None, real=False, lengths=(8,), sample=1)
+    rows = circuits.measure(toy, run, circuits.JOBS)
+    timing.report(rows, tmp_path / "rows.json")
+    capsys.readouterr()
+    written = json.loads((tmp_path / "rows.json").read_text())
+    others = {row["against"]: row for row in written}
+    assert {circuits.BARE, circuits.LENS, circuits.EAP_IG, circuits.AUTO_CIRCUIT} <= set(others)
+    for row in written:
+        if row["against"] in (circuits.EAP_IG, circuits.AUTO_CIRCUIT):
+            assert "not installed" in row["note"]
+        else:
+            assert row["ratio"] > 0
+
+
+def test_scores_that_differ_are_no_row(script):
+    circuits = script("circuits")
+    ours = torch.tensor([1.0, -2.0])
+    assert circuits.agree(ours, ours, "same") == 0
+    with pytest.raises(AssertionError, match="other: scores differ"):
+        circuits.agree(ours, -ours, "other")
+
+
+def test_what_ran_elsewhere_takes_what_it_took_there(script):
+    timing = script("_timing")
+    found = timing.interleaved({"side": lambda: timing.Elsewhere(12.0)}, rounds=2)
+    assert found == {"side": [12.0, 12.0]}

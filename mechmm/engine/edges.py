@@ -24,7 +24,7 @@ from mechmm.engine.wiring import Wiring
 from mechmm.engine.writers import At, Values, Writer
 from mechmm.results.graph import Block
 
-LAID_OUT = 2**24
+LAID_OUT = 2**23
 """How many numbers the changes in a chunk of positions may take."""
 FEWEST = 32
 """Positions of a chunk, at least: fewer at once are slow."""
@@ -193,6 +193,7 @@ def _chunks(spread: list[list[np.ndarray]], size: int) -> Iterator[_Chunk]:
         return
     every = np.concatenate([at for _, _, at in cells])
     owners = np.concatenate([np.tile([e, s], (len(at), 1)) for e, s, at in cells])
+    size = -(-len(every) // -(-len(every) // size))  # as many chunks, of one size
     for start in range(0, len(every), size):
         part = slice(start, start + size)
         yield _Chunk(_at(every[part]), owners[part])

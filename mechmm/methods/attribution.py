@@ -308,6 +308,7 @@ def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "examp
     for flow in (contrast.clean, contrast.reference):
         if flow.slopes:
             _take(readers, flow)
+            flow.slopes.clear()  # they take as much as what was recorded
     inputs = [group for group in contrast.wiring.writers if group.kind == "input"]
     for k in range(1, steps) if method == "eap-ig-inputs" else ():
         _add(contrast, readers, _towards(contrast, inputs, k / steps))
@@ -338,6 +339,10 @@ def _products(
     contrast: Contrast, readers: Sequence[Reader], group: Group | None = None
 ) -> Float[Tensor, "example edge"]:
     """Scores of all edges, or of those out of one group of writers."""
+    if group is not None and group.kind != "projector":  # of which alone keys and values are made
+        unread = (Reader(contrast.model, r.group) for r in readers)
+        pairs = zip(readers, unread, strict=True)
+        readers = [none if r.group.kind == "states" else r for r, none in pairs]
     writers = [w for w in contrast.writers if group in (None, w.group)]
     return edge_scores(contrast.wiring, writers, readers, *contrast.changes(), contrast.places)
 

@@ -7,12 +7,16 @@ import pytest
 import torch
 from contrasted import NO_EDGES, Contrasted
 
+from mechmm.data.pairs import Pair, PairDataset, Prompt
+from mechmm.engine.flow import slopes_at, values
+from mechmm.engine.spans import span_names
 from mechmm.engine.splice import stream_at
 from mechmm.engine.wiring import StreamError, wired
+from mechmm.methods.attribution import _by_layer
 from mechmm.model.families import FAMILIES
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import PADDING, SpanError
-from mechmm.testing import RECIPES, tiny_hf
+from mechmm.testing import RECIPES, tiny, tiny_hf
 from mechmm.testing.edges import EdgeReference
 
 ANSWERING = [
@@ -118,6 +122,27 @@ def test_a_position_that_a_prompt_has_not_is_refused():
         case.scores()
 
 
+def test_activations_on_the_way_score_keys_and_values_of_pictures_once():
+    """Scores of the edges into them add up to what they alone do, up to the sum over steps."""
+    contrast = (case := Contrasted("mllama")).contrast
+    scores, blocks = _by_layer(contrast, steps=3), case.wiring.graph.by_block
+    kinds = [group.kind for group in case.wiring.readers]
+    found = sum(
+        p.sum((1, 2, 3))
+        for p, k in zip(blocks(scores.numpy()), kinds, strict=True)
+        if k == "states"
+    )
+    edits = [
+        (hook, lambda value, hook: contrast.clean.values[hook.name])
+        for group in case.wiring.readers
+        if group.kind == "states"
+        for hook in slopes_at(case.model, group)
+    ]
+    moved = values(case.model, contrast.corrupt_part, case.answers, [], edits).metric
+    wanted = moved - contrast.reference.metric
+    assert (torch.as_tensor(found) - wanted).abs().max() < 0.3 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("family", NO_EDGES)
 def test_a_normed_stream_is_refused(family):
     with pytest.raises(StreamError, match=r"norms its residual stream.*mm\.patch"):
@@ -140,3 +165,16 @@ def test_any_edges_cut_are_as_in_the_plain_reference(options):
         masks = [torch.from_numpy(part.astype(np.float32)) for part in graph.by_block(keep)]
         wanted = (logits[:, 7] - logits[:, 11]).float()
         assert torch.allclose(splice.run(masks), wanted, atol=1e-4)
+
+
+def test_positions_are_spans_only_for_pairs_of_one_length():
+    model = tiny()
+    short, long = ("red circle", "blue circle"), ("the red circle", "the blue circle")
+    pairs = [Pair(*map(Prompt, texts), "red", "blue") for texts in (short, long)]
+    with pytest.raises(SpanError, match=r"pair 1 has \d+ positions, pair 0 has \d+"):
+        span_names("positions", PairDataset(pairs, model))
+    alone = PairDataset(pairs[1:], model)
+    count = int((alone.batch([0]).clean.layout.modality != PADDING).sum())
+    assert span_names("positions", alone) == tuple(map(str, range(count)))
+    with pytest.raises(SpanError, match="spans is the word 'image'; give a list of names"):
+        span_names("image", alone)
