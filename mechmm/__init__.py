@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
-    from mechmm.engine.units import graph
-    from mechmm.methods.attribution import Attribution, attribute
-    from mechmm.methods.back_patch import BackPatching, back_patch
-    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
@@ -47,7 +43,6 @@ if TYPE_CHECKING:
     from mechmm.results.graph import Graph
     from mechmm.results.report import Page
     from mechmm.results.units import Units
-    from mechmm.results.units import Units
 
 __version__ = "0.1.0"
 
@@ -57,10 +52,6 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
-    "mechmm.engine.units": ("graph",),
-    "mechmm.methods.attribution": ("Attribution", "attribute"),
-    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
-    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
@@ -88,7 +79,6 @@ _HOME = {
     "mechmm.results.circuit": ("Circuit",),
     "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
-    "mechmm.results.units": ("Units",),
     "mechmm.results.units": ("Units",),
 }
 _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
@@ -124,7 +114,6 @@ __all__ = [
     "Sweep",
     "TextSpan",
     "TokenLayout",
-    "Units",
     "Units",
     "Words",
     "accuracy",
