@@ -45,6 +45,7 @@ from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.atp import atp_scores
 from mechmm.engine.contrast import Contrast, contrasts
+from mechmm.engine.cutting import edge_losses
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
@@ -301,7 +302,7 @@ def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "examp
     if method == "atp*":
         return atp_scores(contrast)
     if method == "exact":
-        return _exact(contrast)
+        return edge_losses(contrast)
     if method == "eap-ig-activations":
         return _by_layer(contrast, steps)
     readers = [Reader(contrast.model, group) for group in contrast.wiring.readers]
@@ -369,17 +370,3 @@ def _moved(
     clean, reference = (values[hook.name] for values in contrast.changes())
     new = reference + way * (clean - reference)
     return new if writer is None else torch.where(writer.own(value), new, value)
-
-
-def _exact(contrast: Contrast) -> Float[Tensor, "example edge"]:
-    """What the clean run loses with each edge at its reference value."""
-    splice, graph = contrast.splice(), contrast.wiring.graph
-    masks = [torch.ones(block.shape) for block in graph.blocks]
-    whole, columns = splice.run(masks), []
-    for mask in masks:
-        flat = mask.view(-1)
-        for edge in range(len(flat)):
-            flat[edge] = 0
-            columns.append((whole - splice.run(masks)).float().cpu())
-            flat[edge] = 1
-    return torch.stack(columns, dim=1)
