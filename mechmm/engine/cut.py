@@ -72,13 +72,16 @@ def cuts(
     readers: Sequence[int],
     live: Bool[np.ndarray, "writer prompt"],
     most: int,
-    together: bool,
+    *,
+    together: bool = False,
+    shared: bool = False,
 ) -> Iterator[Cut]:
     """All edges of a block of the graph that carry any change, in parts.
 
     Args:
         most: trials of a part, or of a part on all prompts.
-        together: whether all prompts run together; else a few where they have few edges.
+        together: all prompts run together; else a few where they have few edges.
+        shared: readers take no room of their own.
     """
     every = int(live.any(1).sum()) * len(readers)
     prompts = np.arange(len(live.T)) if together else np.flatnonzero(live.any(0))
@@ -87,7 +90,8 @@ def cuts(
         changed = writers[live[:, some].any(1)]
         trials = most if together else most // len(some)
         for own in _parts(changed, trials):
-            for group in _parts(np.array(readers), trials // len(own)):
+            each = len(readers) if shared else trials // len(own)
+            for group in _parts(np.array(readers), each):
                 yield Cut(number, span, own, group, some)
 
 

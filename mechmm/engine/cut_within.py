@@ -28,7 +28,7 @@ from mechmm.engine.cut import Cut, Loss
 from mechmm.engine.engine import Engine
 from mechmm.engine.flow import slopes_at
 from mechmm.engine.places import Ints
-from mechmm.engine.plain import Parts, Plain, turned
+from mechmm.engine.plain import ROWS, Parts, Plain, turned
 from mechmm.engine.record import resumes
 from mechmm.engine.tokens import Tokens
 from mechmm.engine.wiring import Group
@@ -64,8 +64,13 @@ class Within:
 
     @property
     def most(self) -> int:
-        """Trials that one pass holds."""
-        return max(1, self.engine.tokens // self.engine.batch.input_ids.shape[1])
+        """Trials that one pass holds: not too few, for the edges of a pass share what enters."""
+        tokens = max(self.engine.tokens, ROWS)
+        return max(1, tokens // self.engine.batch.input_ids.shape[1])
+
+    def last(self, group: Group) -> bool:
+        """Whether readers need no more than the positions that are read."""
+        return group.layer == len(self.engine.recording.blocks) - 1
 
     def lost(self, cut: Cut) -> Float[Tensor, "reader writer prompt"]:
         """What every cut loses."""
@@ -135,7 +140,7 @@ class _Block:
         self.plain, self.parts, self.block = plain, plain.parts, plain.block
         self.width = plain.stream.shape[1]
         self.start = way.start(cut)
-        self.last = group.layer == len(recording.blocks) - 1
+        self.last = way.last(group)
         self.rows = torch.as_tensor(cut.prompts)
         self.changed = self._every
         self.read = recording.wanted[cut.prompts].cpu().numpy() if self.last else self._every

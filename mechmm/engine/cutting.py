@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mechmm.engine.changes import Changes
 from mechmm.engine.contrast import Contrast
-from mechmm.engine.cut import Cut, Loss, cuts
+from mechmm.engine.cut import Loss, cuts
 from mechmm.engine.cut_at_hooks import AtHooks, hooks_of_cuts
 from mechmm.engine.cut_within import Within, may
 from mechmm.engine.engine import Engine
@@ -68,18 +68,16 @@ class _Cutting:
 
     def _block(self, number: int, group: Group, sums: Tensor) -> None:
         """All edges into a group of readers [example, span, writer, reader]."""
-        way = self.within if Within.fits(self.engine, group) else self.at_hooks
+        within = Within.fits(self.engine, group)
+        way = self.within if within else self.at_hooks
+        how = {"together": not within, "shared": within and self.within.last(group)}
         block = self.wiring.graph.blocks[number]
-        writers = np.arange(*block.writers)
+        writers, readers = np.arange(*block.writers), range(block.shape[2])
         for s, span in enumerate(block.spans):
             live = self.changes.spread[group.tower].live(writers, span, len(sums))
-            readers = range(block.shape[2])
-            together = way is self.at_hooks
-            for cut in cuts(number, span, writers, readers, live, way.most, together):
-                lost = way.lost(cut).permute(2, 1, 0)
-                own = np.ix_(cut.prompts, cut.writers - block.writers[0])
-                found = lost * torch.as_tensor(live.T[own])[:, :, None]
-                rows, columns, cells = (
-                    torch.as_tensor(i) for i in np.ix_(cut.prompts, own[1][0], cut.readers)
-                )
-                sums[rows, s, columns, cells] = found
+            for cut in cuts(number, span, writers, readers, live, way.most, **how):
+                rows, columns = cut.prompts, cut.writers - block.writers[0]
+                carried = torch.as_tensor(live.T[np.ix_(rows, columns)])[:, :, None]
+                where = (torch.as_tensor(i) for i in np.ix_(rows, columns, cut.readers))
+                a, b, c = where
+                sums[a, s, b, c] = way.lost(cut).permute(2, 1, 0) * carried
