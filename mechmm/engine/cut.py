@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,38 +65,36 @@ class Loss:
         return (self.whole[own] - found).float().cpu()
 
 
-def cuts(
-    number: int,
-    span: int,
-    writers: Ints,
-    readers: Sequence[int],
+def split(
+    cut: Cut,
     live: Bool[np.ndarray, "writer prompt"],
     most: int,
     *,
     together: bool = False,
     shared: bool = False,
 ) -> Iterator[Cut]:
-    """All edges of a block of the graph that carry any change, in parts.
+    """The edges of a cut that carry any change, in parts that run together.
 
     Args:
+        live: which writers changed anything.
         most: trials of a part, or of a part on all prompts.
         together: all prompts run together; else a few where they have few edges.
         shared: readers take no room of their own.
     """
-    every = int(live.any(1).sum()) * len(readers)
-    prompts = np.arange(len(live.T)) if together else np.flatnonzero(live.any(0))
-    few = len(prompts) if together else max(1, most // max(1, every))
+    every = int(live.any(1).sum()) * len(cut.readers)
+    prompts = cut.prompts if together else cut.prompts[live.any(0)]
+    few = len(prompts) if together else most // max(1, every)
     for some in _parts(prompts, few):
-        changed = writers[live[:, some].any(1)]
+        changed = cut.writers[live[:, np.isin(cut.prompts, some)].any(1)]
         trials = most if together else most // len(some)
-        for own in _parts(changed, trials):
-            each = len(readers) if shared else trials // len(own)
-            for group in _parts(np.array(readers), each):
-                yield Cut(number, span, own, group, some)
+        for writers in _parts(changed, trials):
+            each = len(cut.readers) if shared else trials // len(writers)
+            for readers in _parts(cut.readers, each):
+                yield Cut(cut.number, cut.span, writers, readers, some)
 
 
 def _parts(numbers: Ints, most: int) -> list[Ints]:
-    """Parts of about one size, of so many at most."""
+    """Parts of about one size, of so many at most, but one at least."""
     if not len(numbers):
         return []
     return np.array_split(numbers, -(-len(numbers) // max(1, most)))

@@ -28,7 +28,7 @@ from mechmm.engine.wiring import Group, Wiring
 from mechmm.model.hooked import HookedMultimodal
 
 New = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""(what is there, change of the edge, what all readers read [place, d_model], head) -> new value."""
+"""(what is there, the edge's change, what all readers read [place, d_model], head) -> new value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,17 +156,17 @@ class _Trials:
         self.edits = edits_of(contrast.model, contrast.wiring, group)
         spread = way.changes.spread[group.tower]
         self.own = np.flatnonzero(spread.span == cut.span)
-        at = (torch.as_tensor(part[self.own]) for part in (spread.row, spread.position))
-        self.at = tuple(at)
-        self.change = way.changes.of(group.tower, cut.writers, self.at)
+        row, position = spread.row[self.own], spread.position[self.own]
+        at = (torch.as_tensor(row), torch.as_tensor(position))
+        self.change = way.changes.of(group.tower, cut.writers, at)
         name = _read(contrast.model, contrast.wiring, group)
         stream = None if name is None else way.engine.recording.hooks[name]
-        self.stream = self.change[0] if stream is None else stream.to(self.change.device)[self.at]
+        self.stream = self.change[0] if stream is None else stream.to(self.change.device)[at]
         self.places = self._places(spread)
 
     def _places(self, spread: Spread) -> Places:
         """By edit, reader, writer and place that this changed."""
-        readers, _, prompts = self.cut.shape
+        _, writers, prompts = self.cut.shape
         writer, place = spread.moved[np.ix_(self.cut.writers, self.own)].nonzero()
         example = spread.example[self.own][place]
         columns = []
@@ -174,7 +174,7 @@ class _Trials:
             for r, reader in enumerate(self.cut.readers):
                 if reader not in edit.readers:
                     continue
-                trial = (r * len(self.cut.writers) + writer) * prompts + example
+                trial = (r * writers + writer) * prompts + example
                 part = reader - edit.readers.start if edit.heads else -1
                 hook, head = np.full_like(trial, number), np.full_like(trial, part)
                 columns.append(np.stack([trial, hook, head, writer, place]))

@@ -13,7 +13,6 @@ a query.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -52,7 +51,7 @@ class Within:
     def __init__(self, contrast: Contrast, engine: Engine, changes: Changes, loss: Loss) -> None:
         self.contrast, self.engine = contrast, engine
         self.changes, self.loss = changes, loss
-        self.spans = contrast.spans()[LANGUAGE] if LANGUAGE in contrast.places else None
+        self.spans = contrast.spans()
         self._normed: tuple[tuple, Tensor] | None = None
 
     @staticmethod
@@ -87,7 +86,7 @@ class Within:
     def _read(self, cut: Cut) -> Float[Tensor, "trial token d_model"]:
         """What the logits read."""
         recording = self.engine.recording
-        wanted = recording.wanted[cut.prompts].cpu().numpy()
+        wanted = self.engine.wanted[cut.prompts]
         at = grid(cut.prompts, wanted)
         stream = recording.stream(len(recording.blocks))[at].unflatten(0, wanted.shape)
         return (stream - self.change(cut, wanted)).flatten(0, 1)
@@ -96,7 +95,7 @@ class Within:
         """What the edges carry at some positions of every prompt [prompt, pos]."""
         at = grid(cut.prompts, positions)
         found = self.changes.of(LANGUAGE, cut.writers, at)
-        own = self.spans[at] == cut.span
+        own = self.spans[LANGUAGE][at] == cut.span
         if not own.all():
             found *= own[:, None].to(found)
         return found.unflatten(1, positions.shape)
@@ -107,8 +106,7 @@ class Within:
         moved = spread.moved[cut.writers].any(0) & (spread.span == cut.span)
         moved &= np.isin(spread.example, cut.prompts)
         first = starts[spread.row[moved], spread.position[moved]]
-        wanted = self.engine.recording.wanted.cpu().numpy()
-        reads = starts[cut.prompts, wanted[cut.prompts].min(1)]
+        reads = starts[cut.prompts, self.engine.wanted[cut.prompts].min(1)]
         return int(min(first.min(), reads.min()))
 
     def normed(self, cut: Cut, plain: Plain, positions: Ints) -> Tensor:
@@ -134,7 +132,6 @@ class _Block:
 
     def __init__(self, way: Within, cut: Cut, group: Group) -> None:
         self.way, self.cut, self.group = way, cut, group
-        recording = way.engine.recording
         plain = way.engine.plains.of(group.layer)
         assert plain is not None
         self.plain, self.parts, self.block = plain, plain.parts, plain.block
@@ -143,7 +140,7 @@ class _Block:
         self.last = way.last(group)
         self.rows = torch.as_tensor(cut.prompts)
         self.changed = self._every
-        self.read = recording.wanted[cut.prompts].cpu().numpy() if self.last else self._every
+        self.read = way.engine.wanted[cut.prompts] if self.last else self._every
 
     @cached_property
     def _every(self) -> Ints:

@@ -127,6 +127,12 @@ class Engine:
         return self._alone.run(prompts, Trials(zeros + layer, whole, zeros + start, zeros, enters))
 
     @property
+    def wanted(self) -> Int[np.ndarray, "prompt token"]:
+        """Positions whose logits are read."""
+        assert self.recording.wanted is not None
+        return self.recording.wanted.cpu().numpy()
+
+    @property
     def starts(self) -> Int[np.ndarray, "prompt pos"]:
         """For every position of the language model the first one that a change there can reach."""
         return self._alone.entries.starts
