@@ -14,7 +14,8 @@ answer), the first-order effect of setting u to its clean value for v alone is
 - `"clean-corrupt"`: the mean of the gradients at both runs (corrupt target).
 - `"atp*"`: as `"eap"`, but of the edges into queries and keys the softmax of attention is computed
   again, which is flat where attention is saturated. Kramár et al. 2403.00745.
-- `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
+- `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), a trial of the
+  engine each.
 - `"random"`: standard normal numbers, the null.
 
 Nodes and neurons are scored alike, with a their own activation (`mechmm.engine.units` says at which
@@ -229,7 +230,7 @@ def attribute(
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
-    runs: dict[str, Any] = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs: dict[str, Any] = {"sloped": _sloped(method, target)}
     runs = runs if mapped is None else {"also": mapped.hidden}
     for parts in contrasts(model, pairs, wiring, metric, target, batch_size, **runs):
         if method == "random":
