@@ -31,7 +31,7 @@ ANSWERING = [
 TOKENS = 512
 
 
-def drawn(graph, more=6):
+def drawn(graph, more=0):
     """An edge into every kind of reader of every tower, and some others."""
     random = np.random.default_rng(0)
     kinds = graph.readers[["tower", "kind"]].agg(" ".join, axis=1).to_numpy()[graph.dst]
@@ -59,10 +59,16 @@ def spliced(contrast, edges):
 
 def compare(contrast, edges, tokens=TOKENS):
     found, wanted = edge_losses(contrast, edges, tokens), spliced(contrast, edges)
-    scale = max(float(contrast.clean.metric.abs().max()), float(wanted.abs().max()))
+    scale, largest = scale_of(contrast), wanted.abs().max()
     assert (found[:, torch.from_numpy(edges)] - wanted).abs().max() <= 1e-5 * scale
     assert not found[:, torch.from_numpy(~edges)].any()
-    assert (wanted.abs() > 1e-4 * scale).float().mean() > 0.2
+    assert largest > 5e-4 * scale
+    assert (wanted.abs() > 1e-2 * largest).float().mean() > 0.2
+
+
+def scale_of(contrast):
+    """The largest value of the metric in both runs."""
+    return float(torch.cat([contrast.clean.metric, contrast.reference.metric]).abs().max())
 
 
 @pytest.mark.parametrize("family", ANSWERING)
@@ -72,10 +78,10 @@ def test_a_cut_edge_loses_what_a_run_without_it_loses(family):
     assert_no_hooks(case.model.unwrap())
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "mllama", "qwen3_vl"])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "mllama"])
 def test_a_cut_at_the_positions_of_one_span(family):
     case = Contrasted(family, ("image", "last"))
-    compare(case.contrast, drawn(case.wiring.graph, more=12))
+    compare(case.contrast, drawn(case.wiring.graph, more=6))
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +101,7 @@ def lively():
 @pytest.mark.parametrize(
     ("metric", "target", "answer"),
     [
-        (logit_diff, "corrupt", None),
-        (logit_diff, "mean", "yellow circle"),
+        (logit_diff, "mean", "blue star"),
         (kl, "corrupt", None),
         (log_prob, "zero", "blue star ."),
     ],
@@ -106,7 +111,7 @@ def test_targets_metrics_and_answers_of_several_tokens(lively, metric, target, a
     if answer is not None:
         pairs = mm.PairDataset([replace(pair, answer=answer) for pair in pairs], model)
     wiring = wired(model)
-    edges = drawn(wiring.graph, more=2)
+    edges = drawn(wiring.graph)
     (parts,) = contrasts(model, pairs, wiring, metric, target, streams=True)
     assert len(parts) == (2 if answer is not None and metric is logit_diff else 1)
     for part in parts:
@@ -145,11 +150,11 @@ def test_only_what_changed_runs(monkeypatch):
 
 
 def compare_all(contrast, edges):
-    """Every third edge, found with all others together, is as a run without it has it."""
+    """Some edges, found with all others together, are as runs without them have them."""
     found, some = edge_losses(contrast, edges, TOKENS), edges.copy()
-    some[np.arange(len(some)) % 3 > 0] = False
+    some[np.arange(len(some)) % 17 > 0] = False
     wanted = spliced(contrast, some)
-    scale = float(contrast.clean.metric.abs().max())
+    scale = scale_of(contrast)
     assert (found[:, torch.from_numpy(some)] - wanted).abs().max() <= 1e-5 * scale
     towers = contrast.wiring.graph.writers["tower"].to_numpy()[contrast.wiring.graph.src]
     assert not found[:, torch.from_numpy(towers == "vision")].any()
@@ -157,7 +162,7 @@ def compare_all(contrast, edges):
 
 def test_a_block_in_which_somebody_listens_runs_as_written():
     case, heard = Contrasted("llava", options=(("key_value_heads", 2),)), []
-    contrast, edges = case.contrast, drawn(case.wiring.graph, more=12)
+    contrast, edges = case.contrast, drawn(case.wiring.graph, more=4)
     with case.model.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda v, hook: heard.append(1))]):
         compare(contrast, edges)
     assert len(heard) > edges.sum()
