@@ -66,7 +66,10 @@ def groups(contrast: Contrast, drawn: np.random.Generator) -> list[tuple[np.ndar
         else:
             others[part] = drawn.random(stop - first) < 1 / SHARE
     parts = ((others, every[0]), (heads, every[1]))
-    return [(e & written, (all_ & written).sum() / (e & written).sum()) for e, all_ in parts]
+    return [
+        (some & written, float((kind & written).sum() / (some & written).sum()))
+        for some, kind in parts
+    ]
 
 
 def seconds(contrast: Contrast, drawn: np.random.Generator) -> float:
