@@ -63,8 +63,8 @@ def groups(contrast: Contrast, drawn: np.random.Generator) -> list[tuple[np.ndar
         every[int(several), part] = True
         if several:
             heads[part] = graph.dst[part] == block.readers[0] + drawn.integers(block.shape[2])
-        else:
-            others[part] = drawn.random(stop - first) < 1 / SHARE
+    some = np.flatnonzero(every[0] & written)
+    others[drawn.choice(some, max(1, len(some) // SHARE), replace=False)] = True
     parts = ((others, every[0]), (heads, every[1]))
     return [
         (some & written, float((kind & written).sum() / (some & written).sum()))
