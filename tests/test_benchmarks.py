@@ -67,6 +67,14 @@ def test_sweep(script, tmp_path, capsys):
             assert row["against"] == sweep.NNSIGHT
 
 
+def test_exact(script, tmp_path):
+    sweep, exact, timing = script("sweep"), script("exact"), script("_timing")
+    rows = exact.measure(sweep.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8), rounds=1)
+    timing.report(rows, tmp_path / "rows.json")
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 2
+    assert {row.job for row in rows} == {"exact, text, 46 edges"}
+
+
 def test_the_bound_of_a_sweep_is_the_sum_over_its_cells(script):
     sweep = script("sweep")
     shape = sweep.Shape(2, 32, 2, 3, 4, 3, 32, 2, 64, 64, 8)

@@ -9,10 +9,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mechmm.engine.head import Head
-from mechmm.engine.places import Ints, Places, spot_of
+from mechmm.engine.places import Places, spot_of, unchanged
 from mechmm.engine.plain import ROWS, Plains
 from mechmm.engine.record import Recording
 from mechmm.engine.rerun import Rerun
@@ -92,17 +91,13 @@ def _seconds(
     trials = np.arange(max(1, size // (width - at)))
     zeros = np.zeros_like(trials)
     places = Places((hook,), zeros, trials, zeros, zeros, zeros + at, zeros - 1)
-    rerun = Rerun(model, recording, places, [spot_of(model, hook)], _unchanged, head, plains)
+    rerun = Rerun(model, recording, places, [spot_of(model, hook)], unchanged, head, plains)
     entering = replace(rerun.entries.trials(trials), shared=zeros)
     _wait(model.device)
     start = time.perf_counter()
     rerun.run(trials, entering)
     _wait(model.device)
     return (time.perf_counter() - start) / int((rerun.width - entering.start).sum())
-
-
-def _unchanged(hook: str, at: Ints, now: Tensor) -> Tensor:
-    return now
 
 
 def _wait(device: torch.device) -> None:

@@ -14,11 +14,12 @@ from torch import Tensor
 from mechmm.data.metrics import chosen
 from mechmm.engine.calibrate import calibrated
 from mechmm.engine.head import head_of
-from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_begin, spot_of
+from mechmm.engine.places import Entry, Ints, Places, Spot, Values, by_begin, spot_of, unchanged
 from mechmm.engine.plain import Plains
 from mechmm.engine.record import Recording, record, resumes
 from mechmm.engine.rerun import Rerun
 from mechmm.engine.shelf import Shelf
+from mechmm.engine.trials import Trials
 from mechmm.engine.whole import Whole
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
@@ -101,6 +102,49 @@ class Engine:
         if elsewhere.any():
             whole = Whole(self.model, self.recording, places, spots, values)
             yield from self._begin(whole, rerun, np.flatnonzero(elsewhere))
+
+    def onward(self, layer: int, stream: Tensor, prompts: Ints, start: int) -> Tensor:
+        """The logits of trials whose stream in front of a block is known.
+
+        Args:
+            layer: of the block; the number of blocks: behind the last one.
+            stream: [trial, pos, d_model], read from `start` on; behind the last block: at the
+                positions that are wanted [trial, token, d_model].
+            prompts: the prompt of every trial.
+            start: first position that is not as recorded.
+
+        Returns:
+            As `run`.
+        """
+        if layer == len(self.recording.blocks):
+            assert self.head is not None
+            at = torch.arange(stream.shape[:2].numel(), device=stream.device)
+            where = torch.as_tensor(prompts, device=stream.device)
+            return self.head(stream.flatten(0, 1)[None], where, at.view(stream.shape[:2]))
+        zeros = np.zeros_like(prompts)
+        enters = (stream, np.arange(len(prompts)))
+        whole = zeros + int(Entry.WHOLE)
+        return self._alone.run(prompts, Trials(zeros + layer, whole, zeros + start, zeros, enters))
+
+    @property
+    def wanted(self) -> Int[np.ndarray, "prompt token"]:
+        """Positions whose logits are read."""
+        assert self.recording.wanted is not None
+        return self.recording.wanted.cpu().numpy()
+
+    @property
+    def starts(self) -> Int[np.ndarray, "prompt pos"]:
+        """For every position of the language model the first one that a change there can reach."""
+        return self._alone.entries.starts
+
+    @cached_property
+    def _alone(self) -> Rerun:
+        """Runs trials that change nothing but what enters."""
+        assert self.head is not None
+        nothing = np.zeros(0, dtype=np.int64)
+        places = Places((), np.arange(len(self.batch)), *[nothing] * 5)
+        rest = (self.head, self.plains)
+        return Rerun(self.model, self.recording, places, [], unchanged, *rest)
 
     def _resumable(self, spot: Spot) -> bool:
         return self.head is not None and spot.tower == LANGUAGE and spot.layer >= 0

@@ -137,6 +137,11 @@ Values = Callable[[str, Ints, Tensor], Tensor]
 """(hook, numbers of places, what is there now [place, ...]) -> what to put there."""
 
 
+def unchanged(hook: str, at: Ints, now: Tensor) -> Tensor:
+    """Values that leave all as it is."""
+    return now
+
+
 def index(
     hook: str, rows: Ints, positions: Ints, parts: Ints, tensor: Tensor
 ) -> tuple[Tensor | slice, ...]:

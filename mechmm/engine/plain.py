@@ -100,9 +100,19 @@ class Parts:
         """What leaves the block, in the place of what entered it."""
         hidden += self.o(z.flatten(2))
         del z  # the hidden layers take its room
+        return self.fed(hidden)
+
+    def fed(self, hidden: Tensor, rest: Tensor | None = None) -> Tensor:
+        """What leaves the block, in the place of what its MLP reads [1, token, d_model].
+
+        Args:
+            rest: what it adds to; None: what it reads.
+        """
         for first in range(0, hidden.shape[1], ROWS):
-            part = hidden[:, first : first + ROWS]
-            part += first_of(self.mlp(self.ln2(part)))
+            some = slice(first, first + ROWS)
+            part = hidden[:, some]
+            added = first_of(self.mlp(self.ln2(part)))
+            torch.add(part if rest is None else rest[:, some], added, out=part)
         return hidden
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -187,7 +197,7 @@ class Plain:
 
     def states(self, hidden: Tensor, tokens: Tokens) -> States:
         """Queries, keys and values of what enters the block [token, head, d_head]."""
-        x, rotation = self.parts.ln1(hidden), self._rotation(tokens)
+        x, rotation = self.parts.ln1(hidden), self.rotation(tokens)
         return (
             self.parts.queries(x, rotation),
             self.parts.keys(x, rotation),
@@ -198,8 +208,8 @@ class Plain:
         """The block for the positions `ends` alone, in the place of `stream`, of which the tokens
         may be others than recorded."""
         x = self.parts.ln1(hidden)
-        key = self.parts.keys(x, self._rotation(tokens)).transpose(0, 1)
-        query = self.parts.queries(self.parts.ln1(stream), self._rotation(ends))
+        key = self.parts.keys(x, self.rotation(tokens)).transpose(0, 1)
+        query = self.parts.queries(self.parts.ln1(stream), self.rotation(ends))
         block = replace(self.block, values=self.normed)
         reenter = Reenter(ends, block, self.shared.rooms, given=(tokens, (key, x)))
         return self.parts.behind(stream, self._attend(reenter, query, self._mixed))
@@ -221,7 +231,8 @@ class Plain:
             return z
         return z + bias.view(key.shape[1], -1).repeat_interleave(groups.shape[2], 0)
 
-    def _rotation(self, tokens: Tokens) -> Rotation | None:
+    def rotation(self, tokens: Tokens) -> Rotation | None:
+        """What turns queries and keys of tokens, or None."""
         return rotation_of(tokens, tokens.options(self.block))
 
     # What is recorded ------------------------------------------------------------------------
@@ -240,7 +251,7 @@ class Plain:
         if self.layer not in self.shared.queries:
             self.shared.queries.clear()
             tokens, x = self._everything()
-            found = self.parts.queries(x, self._rotation(tokens))
+            found = self.parts.queries(x, self.rotation(tokens))
             self.shared.queries[self.layer] = found.unflatten(0, self.stream.shape[:2])
         return self.shared.queries[self.layer]
 

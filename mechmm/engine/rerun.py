@@ -121,7 +121,7 @@ class _Chunk:
 
     def _entering(self, layer: int, tokens: Tokens) -> Tensor:
         """What enters a block for new tokens."""
-        if self.trials.enters is None or layer > 0:
+        if self.trials.enters is None or layer > self.trials.layer.min():
             return tokens.of(self.recording.stream(layer))
         stream, row = self.trials.enters
         return stream[tokens.tensor(row[tokens.trial]), tokens.index[1]][None]

@@ -97,6 +97,17 @@ def stream_at(model: HookedMultimodal, group: Group) -> str | None:
     return f"{block}.hook_resid_pre"
 
 
+def hidden_of(
+    model: HookedMultimodal, group: Group, name: str, x: Float[Tensor, "place d_model"]
+) -> Float[Tensor, "place d_mlp"]:
+    """What a linear layer of an MLP without a norm of its own gives of what enters the block."""
+    tower = model.towers[group.tower]
+    norm = tower.module(tower.row.ln1, group.layer) if tower.row.mid is None else None
+    linear = tower.linear(group.layer, name)
+    assert linear is not None
+    return linear_fn(x if norm is None else norm(x), linear.weight, linear.bias)
+
+
 class _Run:
     """A run in progress, with the changes that were written so far."""
 
@@ -125,10 +136,11 @@ class _Run:
         """What happens at which hook."""
         edits: list[Edit] = []
         for writer in self.splice.writers:
-            edits += [(hook, self._note) for hook in writer.hooks[1:]]
             edits += [(writer.hooks[0], partial(self._written, writer))] if writer.hooks else []
         for number, group in enumerate(self.splice.wiring.readers):
             edits += self._reader(number, group)
+        for writer in self.splice.writers:  # a gate is read before it is part of what is written
+            edits += [(hook, self._note) for hook in writer.hooks[1:]]
         return edits
 
     def _note(self, value: Tensor, hook: Any) -> None:
@@ -177,13 +189,8 @@ class _Run:
 
     def _set_hidden(self, number: int, group: Group, name: str, value: Tensor, hook: Any) -> Tensor:
         """What a linear layer of an MLP gives that has no norm of its own."""
-        tower = self.splice.model.towers[group.tower]
         x = self._sums(number, torch.tensor([0]))[0].to(value)
-        norm = tower.module(tower.row.ln1, group.layer) if tower.row.mid is None else None
-        linear = tower.linear(group.layer, name)
-        assert linear is not None
-        normed = x if norm is None else norm(x)
-        return linear_fn(normed, linear.weight, linear.bias).view(value.shape)
+        return hidden_of(self.splice.model, group, name, x).view(value.shape)
 
     def _set_states(self, number: int, half: int, value: Tensor, hook: Any) -> Tensor:
         """Keys or values that are made of pictures alone."""

@@ -29,8 +29,8 @@ class Trials:
         start: first position that it can change [trial].
         shared: positions behind it that enter block `layer` unchanged, where so many trials have
             such that their projections are computed once for all of them; else 0 [trial].
-        enters: stream with which trials that come from another tower enter at block 0, and the
-            row of every trial in it, or None.
+        enters: stream with which all trials enter at one block, from another tower or as it was
+            computed elsewhere, and the row of every trial in it, or None.
     """
 
     layer: Ints

@@ -14,7 +14,8 @@ answer), the first-order effect of setting u to its clean value for v alone is
 - `"clean-corrupt"`: the mean of the gradients at both runs (corrupt target).
 - `"atp*"`: as `"eap"`, but of the edges into queries and keys the softmax of attention is computed
   again, which is flat where attention is saturated. Kramár et al. 2403.00745.
-- `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), one run each.
+- `"exact"`: no estimate: m(clean) - m(clean with this edge at its reference value), a trial of the
+  engine each.
 - `"random"`: standard normal numbers, the null.
 
 Nodes and neurons are scored alike, with a their own activation (`mechmm.engine.units` says at which
@@ -45,6 +46,7 @@ from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.atp import atp_scores
 from mechmm.engine.contrast import Contrast, contrasts
+from mechmm.engine.cutting import edge_losses
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
 from mechmm.engine.flow import Edit, Flow, hooks_of, slopes, slopes_at
@@ -228,7 +230,7 @@ def attribute(
     random = np.random.default_rng(seed)
     rows: list[Tensor] = []
     ends: list[tuple[Tensor, Tensor]] = []
-    runs: dict[str, Any] = {"sloped": _sloped(method, target), "streams": method == "exact"}
+    runs: dict[str, Any] = {"sloped": _sloped(method, target)}
     runs = runs if mapped is None else {"also": mapped.hidden}
     for parts in contrasts(model, pairs, wiring, metric, target, batch_size, **runs):
         if method == "random":
@@ -301,7 +303,7 @@ def _scores(contrast: Contrast, method: str, steps: int) -> Float[Tensor, "examp
     if method == "atp*":
         return atp_scores(contrast)
     if method == "exact":
-        return _exact(contrast)
+        return edge_losses(contrast)
     if method == "eap-ig-activations":
         return _by_layer(contrast, steps)
     readers = [Reader(contrast.model, group) for group in contrast.wiring.readers]
@@ -374,17 +376,3 @@ def _moved(
     clean, reference = (values[hook.name] for values in contrast.changes())
     new = reference + way * (clean - reference)
     return new if writer is None else torch.where(writer.own(value), new, value)
-
-
-def _exact(contrast: Contrast) -> Float[Tensor, "example edge"]:
-    """What the clean run loses with each edge at its reference value."""
-    splice, graph = contrast.splice(), contrast.wiring.graph
-    masks = [torch.ones(block.shape) for block in graph.blocks]
-    whole, columns = splice.run(masks), []
-    for mask in masks:
-        flat = mask.view(-1)
-        for edge in range(len(flat)):
-            flat[edge] = 0
-            columns.append((whole - splice.run(masks)).float().cpu())
-            flat[edge] = 1
-    return torch.stack(columns, dim=1)
