@@ -117,6 +117,7 @@ class Contrast:
             self.writers,
             *self.changes(),
             self.spans(),
+            self.rows(),
         )
 
 
