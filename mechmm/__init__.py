@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
+    from mechmm.methods.acdc import Acdc, acdc
+    from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.methods.back_patch import BackPatching, back_patch
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
@@ -22,6 +26,13 @@ if TYPE_CHECKING:
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.completeness import Completeness, completeness
+    from mechmm.methods.interchange import Interchange, interchange
+    from mechmm.methods.minimality import Minimality, minimality
+    from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
@@ -52,6 +63,10 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
+    "mechmm.methods.acdc": ("Acdc", "acdc"),
+    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
+    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
+    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
@@ -59,6 +74,13 @@ _HOME = {
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.completeness": ("Completeness", "completeness"),
+    "mechmm.methods.interchange": ("Interchange", "interchange"),
+    "mechmm.methods.minimality": ("Minimality", "minimality"),
+    "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
@@ -86,6 +108,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "CKA",
+    "Acdc",
     "Attribution",
     "Audit",
     "BackPatching",
@@ -95,12 +118,15 @@ __all__ = [
     "Dictionary",
     "DirectLogitAttribution",
     "EarlyExit",
+    "Completeness",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
     "Knockout",
     "ModalityGap",
     "OverCheckpoints",
+    "Interchange",
+    "Minimality",
     "Page",
     "Pair",
     "PairDataset",
@@ -117,10 +143,12 @@ __all__ = [
     "Units",
     "Words",
     "accuracy",
+    "acdc",
     "attribute",
     "audit",
     "back_patch",
     "cka",
+    "completeness",
     "data",
     "dictionary",
     "direct_logit_attribution",
@@ -128,6 +156,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_curve",
     "graph",
+    "interchange",
     "kl",
     "knockout",
     "knockout_hooks",
@@ -136,6 +165,7 @@ __all__ = [
     "mediation",
     "modality_gap",
     "over_checkpoints",
+    "minimality",
     "patch",
     "prob",
     "probe",

@@ -56,7 +56,7 @@ def run_circuits(
         target: what takes the place of what is cut off (`contrasts`).
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: an unknown target; a model that gives no logits after a prompt.
         SpanError: a span of the graph that the pairs do not have.
     """
     graph, columns = wiring.graph, []
@@ -152,11 +152,17 @@ def masks_of(graph: Graph, keeps: Sequence[Keep]) -> Masks:
     return [torch.from_numpy(part) for part in alike]
 
 
-def wired_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> Wiring:
+def wired_as(
+    model: HookedMultimodal, circuits: Sequence[Circuit], *, connected: bool = False
+) -> Wiring:
     """The wiring of a model in the graph of some circuits.
 
+    Args:
+        connected: whether every circuit has to lead from an input to the logits.
+
     Raises:
-        ValueError: no circuits; circuits of another model, or of different graphs; an empty one.
+        ValueError: no circuits; circuits of another model, or of different graphs; an empty one, or
+            one that leads nowhere.
     """
     if not circuits:
         raise ValueError("there are no circuits; give at least one")
@@ -168,7 +174,8 @@ def wired_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> Wiring:
                 f"circuit 0 is of {graph}, circuit {number} of {circuit.graph}; give circuits of "
                 "one model, with the same spans"
             )
-        if not circuit.keep.any():
+        keep = graph.pruned(circuit.keep) if connected else circuit.keep
+        if not keep.any():
             raise ValueError(
                 "the circuit is empty, or no edge of it lies on a way from an input to the logits; "
                 "keep more edges (n=, fraction=)"

@@ -101,7 +101,8 @@ class Splice:
         return {}
 
     def _divided(self, tower: str, trials: int) -> Cells:
-        trial, count = self.trial_of(tower, trials), len(self.wiring.graph.spans)
+        trial = self.examples[tower] // (len(self.answers) // trials)
+        count = len(self.wiring.graph.spans)
         number = (trial[:, None] * count + self.spans[tower]).where(self.spans[tower] >= 0, -1)
         found: Cells = []
         for cell in number.unique().tolist():
@@ -110,10 +111,6 @@ class Splice:
                 whole = slice(None) if len(at) == number.numel() else at.to(self.model.device)
                 found.append((cell // count, cell % count, whole))
         return found
-
-    def trial_of(self, tower: str, trials: int) -> Int[Tensor, " row"]:
-        """The trial of every row of a tower."""
-        return self.examples[tower] // (len(self.answers) // trials)
 
     @cached_property
     def given(self) -> dict[str, list[Any]]:
@@ -179,8 +176,10 @@ class Runs:
         if self.start <= (0, 0):
             return {}
         forwards: dict[nn.Module, Callable] = {}
+        ends = [self._depth(g) for g in self.splice.wiring.readers if g.kind in ENDS]
         for number, name in enumerate(self.towers):
-            blocks = self.splice.model.towers[name].blocks
+            end = max(depth for depth in ends if depth[0] == number)  # behind it others go on
+            blocks = self.splice.model.towers[name].blocks[: end[1]]
             pairs = zip(blocks, self.splice.given.get(name, []), strict=False)
             for layer, (block, output) in enumerate(pairs):
                 if (number, layer) < self.start:
@@ -272,8 +271,8 @@ class Runs:
         """Keys or values that are made of pictures alone."""
         reference, mask = self.splice.reference[hook.name].to(value), self.masks[number]
         kept = mask[:, 0, 0].unflatten(1, (2, -1))[:, half].to(value)
-        trial = self.splice.trial_of(self.splice.wiring.readers[number].tower, len(mask))
-        return reference + (value - reference) * kept[trial.to(value.device)][:, None, :, None]
+        kept = kept.repeat_interleave(len(value) // len(kept), dim=0)  # a row is a tile
+        return reference + (value - reference) * kept[:, None, :, None]
 
     def _set_heads(
         self, number: int, reader: Reader, half: int, value: Tensor, hook: Any

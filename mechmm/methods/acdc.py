@@ -213,7 +213,7 @@ def acdc(
         StreamError: a model whose residual stream is no sum of what its components write.
         SpanError: a span that the pairs do not have.
     """
-    _check(threshold, n, together)
+    _check(threshold, n, together, n_random)
     wiring = wired(model, spans)
     trials = Trials(model, pairs, wiring, metric, target, batch_size, together)
     if threshold is not None:
@@ -240,12 +240,14 @@ class _Found:
     threshold: float
 
 
-def _check(threshold: float | None, n: int | None, together: int) -> None:
+def _check(threshold: float | None, n: int | None, together: int, n_random: int) -> None:
     if (threshold is None) == (n is None):
         raise ValueError("give either a threshold or n, the number of edges")
     for name, value in (("threshold", threshold), ("n", n), ("together", together)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} is {value}; give a number above 0")
+    if n_random < 0:
+        raise ValueError(f"n_random is {n_random}; give 0 or more")
 
 
 def _search(trials: Trials, threshold: float, signed: bool, report: Report | None) -> _Found:
