@@ -204,7 +204,7 @@ def completeness(
     trials = Trials(model, pairs, wiring, metric, target, batch_size)
     rng = np.random.default_rng(seed)
     found = [(circuit.keep, circuit.keep, ("circuit", "all", False))]
-    sizes = np.geomspace(1, max(1, len(circuit) / 2), n_cuts).round().astype(int)
+    sizes = np.geomspace(1, max(1, len(circuit) / 2), n_cuts).round().astype(int).tolist()
     for number, size in enumerate(sizes):
         part = _part(circuit.keep, size, rng)
         found.append((circuit.keep, part, (f"random part {number}", "random", False)))
@@ -247,7 +247,7 @@ def _greedy(trials: Trials, keep: Keep, rng: np.random.Generator) -> Keep:
     cut = np.zeros_like(keep)
     for _ in range(min(GREEDY_STEPS, int(keep.sum()))):
         left = np.flatnonzero(keep & ~cut)
-        edges = rng.choice(left, min(TRIED, len(left)), replace=False)
+        edges = rng.choice(left, min(TRIED, len(left)), replace=False).tolist()
         larger = [_with(cut, edge) for edge in edges]
         of_model = trials.near(~cut, [~one for one in larger])
         of_circuit = trials.near(keep & ~cut, [keep & ~one for one in larger])
