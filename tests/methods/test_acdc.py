@@ -9,7 +9,6 @@ import mechmm as mm
 from mechmm.engine.ablate import masks_of
 from mechmm.engine.contrast import contrasts
 from mechmm.engine.wiring import wired
-from mechmm.methods import acdc
 from mechmm.results.result import Result
 from mechmm.testing import tiny
 from mechmm.zoo import planted
@@ -51,7 +50,7 @@ def by_hand(model, pairs, threshold: float, signed: bool, metric=mm.logit_diff) 
 
 @pytest.mark.parametrize(
     ("metric", "threshold", "signed", "together"),
-    [(mm.logit_diff, 0.3, False, 3), (mm.kl, 0.05, True, 2)],
+    [(mm.logit_diff, 0.05, False, 3), (mm.kl, 1e-4, True, 2)],
 )
 def test_what_is_left_is_what_one_run_after_the_other_leaves(
     model, pairs, metric, threshold, signed, together
@@ -59,7 +58,7 @@ def test_what_is_left_is_what_one_run_after_the_other_leaves(
     options = {"metric": metric, "threshold": threshold, "signed": signed}
     found = mm.acdc(model, pairs, **options, together=together, batch_size=1, n_random=2)
     assert found.circuit.edges == by_hand(model, pairs, threshold, signed, metric)
-    assert 0 < len(found.circuit) < 0.8 * len(found.graph)
+    assert 0 < len(found.circuit) < 0.9 * len(found.graph)
     alone = mm.faithfulness(model, pairs, found.circuit, metric=metric, n_random=0)
     assert found.faithfulness() == pytest.approx(float(alone.faithfulness()[0]), abs=1e-4)
     assert found.metric == metric.__name__
@@ -69,7 +68,7 @@ def test_what_is_left_is_what_one_run_after_the_other_leaves(
 def found(model, pairs):
     said = []
     result = mm.acdc(
-        model, pairs, threshold=0.3, spans=("last",), report=lambda *done: said.append(done)
+        model, pairs, threshold=0.05, spans=("last",), report=lambda *done: said.append(done)
     )
     assert said[-1] == (len(result.graph), len(result.graph))
     assert said == sorted(said)
@@ -81,8 +80,8 @@ def test_a_trace_ends_at_the_circuit(found):
     assert trace["value"].iloc[-1] == pytest.approx(float(found.values.mean()), abs=1e-3)
     assert trace["faithfulness"].iloc[-1] == pytest.approx(found.faithfulness(), abs=1e-3)
     kept = trace[~trace["cut"]]
-    assert (kept["effect"].abs() >= 0.3).all()
-    assert (trace.loc[trace["cut"], "effect"].abs() < 0.3).all()
+    assert (kept["effect"].abs() >= 0.05).all()
+    assert (trace.loc[trace["cut"], "effect"].abs() < 0.05).all()
     assert set(found.circuit.edges) <= set(kept["edge"])
     assert len(trace) < len(found.graph)  # edges that lead nowhere are not tried
 
@@ -99,7 +98,7 @@ def test_what_was_found_is_shown_and_saved(found, tmp_path):
 
 
 def test_a_number_of_edges_in_the_place_of_a_threshold(model, pairs, monkeypatch):
-    monkeypatch.setattr(acdc, "SEARCHES", 3)
+    monkeypatch.setattr("mechmm.methods.acdc.SEARCHES", 3)
     found = mm.acdc(model, pairs[:1], n=8, n_random=0)
     assert 0 < len(found.circuit) <= 8
     again = mm.acdc(model, pairs[:1], threshold=found.threshold, n_random=0)
