@@ -25,11 +25,10 @@ if TYPE_CHECKING:
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
-    from mechmm.methods.dictionary import Dictionary, dictionary
-    from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.completeness import Completeness, completeness
-    from mechmm.methods.interchange import Interchange, interchange
+    from mechmm.methods.dictionary import Dictionary, dictionary
     from mechmm.methods.minimality import Minimality, minimality
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.text_span import TextSpan, text_span
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
         direct_logit_attribution,
     )
     from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.interchange import Interchange, interchange
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
@@ -73,11 +73,10 @@ _HOME = {
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
-    "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
-    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.completeness": ("Completeness", "completeness"),
-    "mechmm.methods.interchange": ("Interchange", "interchange"),
+    "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
     "mechmm.methods.minimality": ("Minimality", "minimality"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
@@ -86,6 +85,7 @@ _HOME = {
         "direct_logit_attribution",
     ),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.interchange": ("Interchange", "interchange"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
@@ -115,19 +115,21 @@ __all__ = [
     "Batch",
     "Box",
     "Circuit",
+    "Completeness",
     "Dictionary",
     "DirectLogitAttribution",
     "EarlyExit",
-    "Completeness",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
+    "Interchange",
     "Knockout",
     "ModalityGap",
     "OverCheckpoints",
     "Interchange",
-    "Minimality",
     "OverCheckpoints",
+    "Minimality",
+    "ModalityGap",
     "Page",
     "Pair",
     "PairDataset",
@@ -167,7 +169,7 @@ __all__ = [
     "modality_gap",
     "over_checkpoints",
     "minimality",
-    "over_checkpoints",
+    "modality_gap",
     "patch",
     "prob",
     "probe",

@@ -161,12 +161,17 @@ def wired_as(
         connected: whether every circuit has to lead from an input to the logits.
 
     Raises:
-        ValueError: no circuits; circuits of another model, or of different graphs; an empty one, or
-            one that leads nowhere.
+        ValueError: no circuits; circuits of another model, of different graphs, or of nodes or
+            neurons; an empty one, or one that leads nowhere.
     """
     if not circuits:
         raise ValueError("there are no circuits; give at least one")
     graph = circuits[0].graph
+    if not isinstance(graph, Graph):
+        raise ValueError(
+            f"the circuit is of {graph}, whose parts are no edges; find one of edges: "
+            "mm.attribute without granularity"
+        )
     wiring = wired(model, graph.spans[:-1])
     for number, circuit in enumerate(circuits):
         if not circuit.graph.matches(graph):
