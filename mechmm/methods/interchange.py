@@ -198,7 +198,7 @@ def interchange(
     columns, rows = [], []
     for number, form in enumerate(FORMS):
         own, other = circuits[number], circuits[1 - number]
-        made = list(_exchanged(own, other, shared, n_random, seed))
+        made = list(_exchanged(graph, own, other, shared, n_random, seed))
         rows += [(form, *names, int(keep.sum())) for names, keep in made]
         ones = np.ones_like(shared)
         keeps = [~ones, *(keep for _, keep in made)]
@@ -207,15 +207,15 @@ def interchange(
     full, empty = (torch.stack([column[i] for column in columns]) for i in (0, 1))
     values = torch.cat([column[2:] for column in columns])
     runs = pd.DataFrame(rows, columns=["form", "span", "kind", "edges"])
-    overlap = _overlap(circuits, shared, seed)
+    overlap = _overlap(graph, circuits, shared, seed)
     return Interchange(runs, values, full, empty, overlap, name_of(metric), target)
 
 
 def _exchanged(
-    own: Circuit, other: Circuit, shared: Keep, n_random: int, seed: int
+    graph: Graph, own: Circuit, other: Circuit, shared: Keep, n_random: int, seed: int
 ) -> Iterator[tuple[tuple[str, str], Keep]]:
     """((span, kind), edges) of every run of one form."""
-    graph, rng = own.graph, np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     yield ("", "own"), own.keep
     for span in (*graph.spans, EVERY):
         there = shared & ((graph.span == graph.spans.index(span)) if span != EVERY else True)
@@ -249,8 +249,7 @@ def _twins(graph: Graph) -> Int[np.ndarray, " edge"]:
     return twins
 
 
-def _overlap(circuits: Sequence[Circuit], shared: Keep, seed: int) -> pd.DataFrame:
+def _overlap(graph: Graph, circuits: Sequence[Circuit], shared: Keep, seed: int) -> pd.DataFrame:
     """What both circuits share of the edges that both forms have."""
-    graph = circuits[0].graph
     one, two = (Circuit(graph, _either(graph, c.keep & shared), c.scores) for c in circuits)
     return one.overlap(two, seed=seed)

@@ -30,6 +30,7 @@ from mechmm.engine.ablate import Keep, Trials, wired_as
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
+from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
@@ -171,9 +172,10 @@ def minimality(
         raise ValueError(f"n_random is {n_random}; give 0 or more")
     wiring = wired_as(model, [circuit], connected=True)
     trials = Trials(model, pairs, wiring, metric, target, batch_size)
-    cuts = _edges(circuit) if by == "edge" else _nodes(circuit)
+    graph = wiring.graph
+    cuts = _edges(circuit) if by == "edge" else _nodes(graph, circuit)
     size = round(sum(int(cut.sum()) for cut in cuts.values()) / max(1, len(cuts)))
-    added = _outside(circuit, n_random, size, seed)
+    added = _outside(graph, circuit, n_random, size, seed)
     keeps = [*(circuit.keep & ~cut for cut in cuts.values()), *(circuit.keep | a for a in added)]
     values = trials.near(circuit.keep, [circuit.keep, np.zeros_like(circuit.keep), *keeps])
     full = trials.near(np.ones_like(circuit.keep), [np.ones_like(circuit.keep)])[0]
@@ -193,9 +195,8 @@ def _edges(circuit: Circuit) -> dict[str, Keep]:
     return found
 
 
-def _nodes(circuit: Circuit) -> dict[str, Keep]:
+def _nodes(graph: Graph, circuit: Circuit) -> dict[str, Keep]:
     """The circuit's edges into and out of each of its nodes."""
-    graph = circuit.graph
     writers, owners = graph.writers["name"].to_numpy()[graph.src], np.array(graph.owners)[graph.dst]
     ends = {
         str(name)
@@ -206,9 +207,9 @@ def _nodes(circuit: Circuit) -> dict[str, Keep]:
     return {name: circuit.keep & ((writers == name) | (owners == name)) for name in names}
 
 
-def _outside(circuit: Circuit, n: int, size: int, seed: int) -> list[Keep]:
+def _outside(graph: Graph, circuit: Circuit, n: int, size: int, seed: int) -> list[Keep]:
     """Random edges outside of a circuit that join its nodes."""
-    outside = circuit.graph.joining(circuit.keep) & ~circuit.keep
+    outside = graph.joining(circuit.keep) & ~circuit.keep
     rng, there = np.random.default_rng(seed), np.flatnonzero(outside)
     found = []
     for _ in range(n if len(there) else 0):
