@@ -15,18 +15,29 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
+    from mechmm.methods.acdc import Acdc, acdc
+    from mechmm.methods.attribution import Attribution, attribute, graph
+    from mechmm.methods.back_patch import BackPatching, back_patch
+    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
+    from mechmm.methods.completeness import Completeness, completeness
     from mechmm.methods.dictionary import Dictionary, dictionary
+    from mechmm.methods.minimality import Minimality, minimality
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
     )
     from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.interchange import Interchange, interchange
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
@@ -52,18 +63,29 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
+    "mechmm.methods.acdc": ("Acdc", "acdc"),
+    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
+    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
+    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
+    "mechmm.methods.completeness": ("Completeness", "completeness"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
+    "mechmm.methods.minimality": ("Minimality", "minimality"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
     ),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.interchange": ("Interchange", "interchange"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
@@ -86,21 +108,28 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
     "CKA",
+    "Acdc",
     "Attribution",
     "Audit",
     "BackPatching",
     "Batch",
     "Box",
     "Circuit",
+    "Completeness",
     "Dictionary",
     "DirectLogitAttribution",
     "EarlyExit",
     "Faithfulness",
     "Graph",
     "HookedMultimodal",
+    "Interchange",
     "Knockout",
     "ModalityGap",
     "OverCheckpoints",
+    "Interchange",
+    "OverCheckpoints",
+    "Minimality",
+    "ModalityGap",
     "Page",
     "Pair",
     "PairDataset",
@@ -117,10 +146,12 @@ __all__ = [
     "Units",
     "Words",
     "accuracy",
+    "acdc",
     "attribute",
     "audit",
     "back_patch",
     "cka",
+    "completeness",
     "data",
     "dictionary",
     "direct_logit_attribution",
@@ -128,6 +159,7 @@ __all__ = [
     "faithfulness",
     "faithfulness_curve",
     "graph",
+    "interchange",
     "kl",
     "knockout",
     "knockout_hooks",
@@ -136,6 +168,8 @@ __all__ = [
     "mediation",
     "modality_gap",
     "over_checkpoints",
+    "minimality",
+    "modality_gap",
     "patch",
     "prob",
     "probe",

@@ -7,7 +7,7 @@ so that whatever separates the two pictures is what the question asks about.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,6 +21,8 @@ from mechmm.model.layout import Box, TokenLayout, Where, Words
 
 Form = Literal["image", "text"]
 """Whether a scene is shown or told."""
+Spans = Literal["things", "data"]
+"""Whether single things of a scene are spans, or the whole of it is."""
 
 HELD_OUT = frozenset((color, SHAPES[(3 * i + 1) % 8]) for i, color in enumerate(COLORS))
 """Shape-color combinations that the demo model never sees in training, in picture or text."""
@@ -181,6 +183,7 @@ def pairs(
     seed: int = 0,
     form: Form = "image",
     sampler: Sampler | None = None,
+    spans: Spans = "things",
 ) -> PairDataset:
     """Random minimal pairs of one kind of question, shown as pictures or told in words.
 
@@ -188,6 +191,8 @@ def pairs(
     moves, `object` is its cell in the clean picture and `object_corrupt` the one in the corrupt
     picture. In a text it is the thing's description. `distractor` is a thing that neither changes
     nor is asked about, where there is one apart from the others on the model's grid of patches.
+    With `spans="data"` there is one span instead, `data`: the whole picture, or all that is told
+    of it before the question.
 
     Labels: `kind`, `form` and `asked`, the words that the question is about.
 
@@ -197,19 +202,27 @@ def pairs(
         n: how many pairs; the first ones of a seed are the same for every `n`.
         form: `"image"`, or `"text"` for the same scenes described in words.
         sampler: how scenes are drawn; default: `Sampler()`, whose digits the demo model never saw.
+        spans: which places have names.
 
     Raises:
-        ValueError: an unknown kind or form; fewer than one pair.
+        ValueError: an unknown kind, form or spans; fewer than one pair.
         PairError: where the model's tokenizer does not align the pair.
     """
     if form not in get_args(Form):
         raise ValueError(f"unknown form {form!r}; use one of {', '.join(get_args(Form))}")
+    if spans not in get_args(Spans):
+        raise ValueError(f"unknown spans {spans!r}; use one of {', '.join(get_args(Spans))}")
     if n < 1:
         raise ValueError(f"{n} pairs were asked for; ask for at least 1")
     sampler = sampler if sampler is not None else Sampler()
     rng = np.random.default_rng(seed)
     drawn = [sampler.pair(rng, kind) for _ in range(n)]
-    return PairDataset([scene_pair(model, *one, form=form) for one in drawn], model)
+    made = [scene_pair(model, *one, form=form) for one in drawn]
+    if spans == "data":
+        made = [
+            _with_data(pair, clean, form) for pair, (clean, _, _) in zip(made, drawn, strict=True)
+        ]
+    return PairDataset(made, model)
 
 
 def scene_pair(
@@ -240,6 +253,12 @@ def color_pairs(
 ) -> PairDataset:
     """Minimal pairs that differ in the color of the thing asked about; see `pairs`."""
     return pairs(model, "color", n, seed, form)
+
+
+def _with_data(pair: Pair, clean: Scene, form: Form) -> Pair:
+    """A pair whose only span is the whole scene."""
+    shown, told = Box(0, 0, PIXELS, PIXELS), Words(clean.describe())
+    return replace(pair, spans={"data": shown if form == "image" else told})
 
 
 def _text_pair(clean: Scene, corrupt: Scene, question: Question) -> Pair:
@@ -309,6 +328,7 @@ __all__ = [
     "HELD_OUT",
     "Form",
     "Sampler",
+    "Spans",
     "color_pairs",
     "pairs",
     "prompt",

@@ -18,6 +18,7 @@ from torch import Tensor
 from mechmm.data.metrics import Answers, Metric, prepared, readings
 from mechmm.data.metrics import Reading as Part
 from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.checks import check_choice, check_metric, check_pairs
 from mechmm.engine.flow import Flow, hooks_of, slopes, values
 from mechmm.engine.places import spot_of
 from mechmm.engine.spans import Places, places_of
@@ -117,6 +118,7 @@ class Contrast:
             self.writers,
             *self.changes(),
             self.spans(),
+            self.rows(),
         )
 
 
@@ -140,10 +142,10 @@ def contrasts(
         also: hooks inside blocks whose values are wanted too.
 
     Raises:
-        ValueError: an unknown target.
+        ValueError: as `check_contrast`.
         SpanError: a span of the graph that the pairs do not have.
     """
-    check_target(target)
+    check_contrast(model, pairs, metric, target)
     runs, means = _Runs(model, wiring, sloped, streams, also), None
     if target == "mean":
         means = mean_values(model, pairs, wiring, metric, batch_size, also)
@@ -151,14 +153,24 @@ def contrasts(
         yield _batch(runs, batch, metric, target, means)
 
 
-def check_target(target: str) -> None:
-    """Refuse an unknown target.
+def check_contrast(
+    model: HookedMultimodal, pairs: PairDataset, metric: Metric, target: str
+) -> None:
+    """Refuse what no circuit can be found or tested with.
 
     Raises:
-        ValueError: with those that there are.
+        ValueError: pairs that are no dataset, a model that gives no logits after a prompt, a metric
+            that does not give one number per example, an unknown target.
     """
-    if target not in TARGETS:
-        raise ValueError(f"unknown target {target!r}; use {', '.join(TARGETS)}")
+    check_choice("target", target, TARGETS)
+    check_pairs(pairs, "clean")
+    if model.family.unembed is None:
+        raise ValueError(
+            f"circuits are measured by the logits after the last token of a prompt, and "
+            f"{model.family.architecture} gives none: it only encodes; mm.graph(model) has its "
+            "edges, and model.hooks or run_with_hooks edits what they carry"
+        )
+    check_metric(model, pairs, metric)
 
 
 @dataclass(frozen=True)

@@ -10,30 +10,39 @@ prompt runs; with every edge kept that is the clean run, with none the reference
 Every reader is set at its hook point: queries, keys and values of single heads where projections
 give them, MLPs, projectors and the logits where the stream enters them. What the blocks themselves
 add up is read by nobody.
+
+A run that keeps the same edges as the one before it, up to some readers, has the same changes up
+to there: the blocks before them need not run. And where a batch holds its examples several times,
+every time with other edges kept, one run is several trials.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear as linear_fn
 
 from mechmm.data.metrics import Answers
 from mechmm.data.metrics import Reading as Part
 from mechmm.engine.flow import Edit, slopes_at, stem
+from mechmm.engine.freeze import first_of, frozen, with_first
 from mechmm.engine.readers import Reader
+from mechmm.engine.record import record
 from mechmm.engine.wiring import Group, Wiring
 from mechmm.engine.writers import Values, Writer, grid
 from mechmm.model.hooked import HookedMultimodal
 
 Masks = Sequence[Tensor]
-"""By block: how much of every edge is kept [span, writer, reader], 0 or 1."""
+"""By block: how much of every edge is kept, 0 or 1 [span, writer, reader], or that in every trial
+[trial, span, writer, reader]; the examples of a trial come before those of the next one."""
+Cells = list[tuple[int, int, "Tensor | slice"]]
+"""(trial, span, its places)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +55,7 @@ class Splice:
         clean: values of the writers' hooks in the clean run.
         reference: the same in the reference run, and of the streams where it is a run.
         spans: by tower, the number of the span of every place [row, pos].
+        examples: by tower, which example every row is of [row].
     """
 
     model: HookedMultimodal
@@ -56,13 +66,11 @@ class Splice:
     clean: Values
     reference: Values
     spans: dict[str, Int[Tensor, "row pos"]]
+    examples: dict[str, Int[Tensor, " row"]]
 
-    @torch.no_grad()
     def run(self, masks: Masks) -> Float[Tensor, " example"]:
         """The metric of every example with some edges kept."""
-        run = _Run(self, masks)
-        with self.model.hooks(fwd_hooks=run.edits()):  # type: ignore[arg-type]
-            return self.part.reduce(self.part.logits(self.model), self.answers)
+        return Runs(self, masks).run(masks)
 
     @cached_property
     def streams(self) -> list[Tensor | None]:
@@ -81,6 +89,34 @@ class Splice:
         at = grid(self.clean[writers[0].hooks[0]])
         total = sum(writer.of(self.reference, at).sum(0) for writer in writers)
         return total.unflatten(0, shape)  # type: ignore[union-attr]
+
+    def cells(self, tower: str, trials: int) -> Cells:
+        """The places of every span in every trial."""
+        if (tower, trials) not in self._cells:
+            self._cells[tower, trials] = self._divided(tower, trials)
+        return self._cells[tower, trials]
+
+    @cached_property
+    def _cells(self) -> dict[tuple[str, int], Cells]:
+        return {}
+
+    def _divided(self, tower: str, trials: int) -> Cells:
+        trial = self.examples[tower] // (len(self.answers) // trials)
+        count = len(self.wiring.graph.spans)
+        number = (trial[:, None] * count + self.spans[tower]).where(self.spans[tower] >= 0, -1)
+        found: Cells = []
+        for cell in number.unique().tolist():
+            at = (number.flatten() == cell).nonzero().flatten()
+            if cell >= 0:
+                whole = slice(None) if len(at) == number.numel() else at.to(self.model.device)
+                found.append((cell // count, cell % count, whole))
+        return found
+
+    @cached_property
+    def given(self) -> dict[str, list[Any]]:
+        """What the blocks of every tower gave in the clean run."""
+        towers = list(dict.fromkeys(group.tower for group in self.wiring.readers))
+        return record(self.model, self.part.batch, self.part.places, [], towers, blocks=False).given
 
 
 def stream_at(model: HookedMultimodal, group: Group) -> str | None:
@@ -108,14 +144,58 @@ def hidden_of(
     return linear_fn(x if norm is None else norm(x), linear.weight, linear.bias)
 
 
-class _Run:
-    """A run in progress, with the changes that were written so far."""
+ENDS = ("hidden", "logits")
+"""Kinds of readers behind which something else goes on than a stream."""
+
+
+class Runs:
+    """Runs one after the other, with the changes that were written so far.
+
+    Args:
+        masks: every edge that some run keeps.
+    """
 
     def __init__(self, splice: Splice, masks: Masks) -> None:
-        self.splice, self.masks = splice, masks
+        self.splice, self.masks = splice, _by_trial(masks)
         self.now: dict[str, Tensor] = {}
         self.changes: dict[str, Tensor] = {}
         self.slots = self._slots()
+        readers = splice.wiring.readers
+        self.towers = list(dict.fromkeys(group.tower for group in readers))
+        self.start = (0, -1)
+
+    @torch.no_grad()
+    def run(self, masks: Masks, first: int = 0) -> Float[Tensor, " example"]:
+        """The metric of every example with some edges kept.
+
+        Args:
+            first: of the graph's blocks; the edges into readers before it are as they were in the
+                last run that began there or earlier.
+        """
+        self.masks, part = _by_trial(masks), self.splice.part
+        self.start = self._depth(self.splice.wiring.readers[first]) if first else (0, -1)
+        hooks = self.splice.model.hooks(fwd_hooks=self.edits())  # type: ignore[arg-type]
+        with frozen(self._frozen()), hooks:
+            return part.reduce(part.logits(self.splice.model), self.splice.answers)
+
+    def _depth(self, group: Group) -> tuple[int, int]:
+        """When the readers or writers of a group come, by tower and block."""
+        return self.towers.index(group.tower), group.layer + (group.kind == "logits")
+
+    def _frozen(self) -> dict[nn.Module, Callable]:
+        """The blocks that nobody reads, giving what they gave in the clean run."""
+        if self.start <= (0, 0):
+            return {}
+        forwards: dict[nn.Module, Callable] = {}
+        ends = [self._depth(g) for g in self.splice.wiring.readers if g.kind in ENDS]
+        for number, name in enumerate(self.towers):
+            end = max(depth for depth in ends if depth[0] == number)  # behind it others go on
+            blocks = self.splice.model.towers[name].blocks[: end[1]]
+            pairs = zip(blocks, self.splice.given.get(name, []), strict=False)
+            for layer, (block, output) in enumerate(pairs):
+                if (number, layer) < self.start:
+                    forwards[block] = _again(output)
+        return forwards
 
     def _slots(self) -> dict[str, Tensor]:
         """By tower: where the changes of every writer are kept, -1 if it has no kept edge."""
@@ -123,7 +203,7 @@ class _Run:
         towers = writers["tower"].tolist()
         used = torch.zeros(len(writers), dtype=torch.bool)
         for block, mask in zip(self.splice.wiring.graph.blocks, self.masks, strict=True):
-            used[slice(*block.writers)] |= mask.bool().any(0).any(1).cpu()
+            used[slice(*block.writers)] |= mask.bool().any(0).any(0).any(1).cpu()
         slots = {}
         for tower in dict.fromkeys(towers):
             own = used & torch.tensor([name == tower for name in towers])
@@ -136,11 +216,14 @@ class _Run:
         """What happens at which hook."""
         edits: list[Edit] = []
         for writer in self.splice.writers:
-            edits += [(writer.hooks[0], partial(self._written, writer))] if writer.hooks else []
+            if writer.hooks and self._depth(writer.group) >= self.start:
+                edits += [(writer.hooks[0], partial(self._written, writer))]
         for number, group in enumerate(self.splice.wiring.readers):
-            edits += self._reader(number, group)
+            if self._depth(group) >= self.start or group.kind in ENDS:
+                edits += self._reader(number, group)
         for writer in self.splice.writers:  # a gate is read before it is part of what is written
-            edits += [(hook, self._note) for hook in writer.hooks[1:]]
+            if writer.hooks and self._depth(writer.group) >= self.start:
+                edits += [(hook, self._note) for hook in writer.hooks[1:]]
         return edits
 
     def _note(self, value: Tensor, hook: Any) -> None:
@@ -194,9 +277,10 @@ class _Run:
 
     def _set_states(self, number: int, half: int, value: Tensor, hook: Any) -> Tensor:
         """Keys or values that are made of pictures alone."""
-        reference = self.splice.reference[hook.name].to(value)
-        kept = self.masks[number][0, 0].unflatten(0, (2, -1))[half].to(value)
-        return reference + (value - reference) * kept[:, None]
+        reference, mask = self.splice.reference[hook.name].to(value), self.masks[number]
+        kept = mask[:, 0, 0].unflatten(1, (2, -1))[:, half].to(value)
+        kept = kept.repeat_interleave(len(value) // len(kept), dim=0)  # a row is a tile
+        return reference + (value - reference) * kept[:, None, :, None]
 
     def _set_heads(
         self, number: int, reader: Reader, half: int, value: Tensor, hook: Any
@@ -204,7 +288,7 @@ class _Run:
         """Queries, keys or values, those of every head from its own sum."""
         slot = reader.slots()[half]
         mask = self.masks[number][..., slot]
-        heads = mask.bool().any(0).any(0).nonzero().flatten().cpu()
+        heads = mask.flatten(0, -2).bool().any(0).nonzero().flatten().cpu()
         stream = self.splice.streams[number]
         assert stream is not None
         new = reader.project(half, stream.to(value)).view(value.shape)
@@ -220,15 +304,25 @@ class _Run:
         block, stream = self.splice.wiring.graph.blocks[number], self.splice.streams[number]
         assert stream is not None
         x = stream.flatten(0, 1).expand(len(readers), -1, -1).clone()
-        slots = self.slots[block.tower][slice(*block.writers)]
-        mask = self.masks[number][..., readers][:, slots >= 0].to(x)
-        if not mask.any():
-            return x
-        own = slots[slots >= 0].to(x.device)
-        changes = self.changes[block.tower][own]
-        spans = self.splice.spans[block.tower].flatten().to(x.device)
-        for number_of_span, part in zip(block.spans, mask, strict=True):
-            at = (spans == number_of_span).nonzero().flatten()
-            if len(at) and part.any():
-                x[:, at] += torch.einsum("ur,upd->rpd", part, changes[:, at])
+        slots, mask = (
+            self.slots[block.tower][slice(*block.writers)],
+            self.masks[number][..., readers],
+        )
+        for trial, span, at in self.splice.cells(block.tower, len(mask)):
+            if span not in block.spans:
+                continue
+            part = mask[trial, block.spans.index(span)]
+            kept = part.bool().any(1)
+            if kept.any():
+                changes = self.changes[block.tower][slots[kept].to(x.device)]
+                x[:, at] += torch.einsum("ur,upd->rpd", part[kept].to(x), changes[:, at])
         return x
+
+
+def _by_trial(masks: Masks) -> list[Float[Tensor, "trial span writer reader"]]:
+    return [mask if mask.ndim == 4 else mask[None] for mask in masks]
+
+
+def _again(output: Any) -> Callable[..., Any]:
+    """A forward function that gives an output anew: what comes behind may write into it."""
+    return lambda *args, **kwargs: with_first(output, first_of(output).clone())

@@ -45,7 +45,7 @@ from torch import Tensor
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.atp import atp_scores
-from mechmm.engine.contrast import Contrast, contrasts
+from mechmm.engine.contrast import Contrast, check_contrast, contrasts
 from mechmm.engine.cutting import edge_losses
 from mechmm.engine.edges import edge_scores
 from mechmm.engine.estimate import check_gradient
@@ -213,11 +213,13 @@ def attribute(
 
     Raises:
         ValueError: an unknown method, target or granularity; `"atp*"` of neurons; no steps; a
-            metric without a gradient; a graph of another model, or beside spans or granularity.
+            metric without a gradient; a graph of another model, or beside spans or granularity; a
+            model that gives no logits after a prompt.
         StreamError: a model whose residual stream is no sum of what its components write.
         SpanError: a span that the pairs do not have; pairs of different lengths, split by position.
     """
     _check(method, target, steps)
+    check_contrast(model, pairs, metric, target)
     if method not in ("exact", "random"):
         check_gradient(model, pairs, metric, "corrupt" if target == "corrupt" else "clean")
     wiring, mapped = _asked(model, graph, span_names(spans, pairs, batch_size), granularity)

@@ -266,12 +266,17 @@ class Graph:
 
     def pruned(self, keep: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
         """The kept edges that lie on a way from an input to the logits, over kept edges alone."""
+        return keep & self.joining(keep)
+
+    def joining(self, keep: Bool[np.ndarray, " edge"]) -> Bool[np.ndarray, " edge"]:
+        """The edges, kept or not, from a writer that kept edges reach from an input to a reader
+        from which they go on to the logits."""
         fed, used = self._fed(keep), self._used(keep)
         parts = []
-        for block, part in zip(self.blocks, self.by_block(keep), strict=True):
+        for block in self.blocks:
             there = fed[slice(*block.writers)][:, block.spans].T
             onward = used[slice(*block.readers)][:, block.spans].T
-            parts.append((part & there[:, :, None] & onward[:, None, :]).ravel())
+            parts.append((there[:, :, None] & onward[:, None, :]).ravel())
         return np.concatenate(parts)
 
     def between(self, nodes: Bool[np.ndarray, "writer span"]) -> Bool[np.ndarray, " edge"]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mechmm as mm
 from mechmm.data import shapes
 from mechmm.zoo.recipe import build_model, build_processor
+
+torch.set_num_threads(1)  # models are so small that a second thread only waits for the first
 
 
 @pytest.fixture(scope="module")
