@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.logit_lens import LogitLens, logit_lens
+    from mechmm.methods.patching import Patching, patch
+    from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
@@ -59,6 +64,11 @@ _HOME = {
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
+    "mechmm.methods.patching": ("Patching", "patch"),
+    "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
@@ -101,6 +111,7 @@ __all__ = [
     "Knockout",
     "ModalityGap",
     "OverCheckpoints",
+    "LogitLens",
     "Page",
     "Pair",
     "PairDataset",
@@ -136,6 +147,7 @@ __all__ = [
     "mediation",
     "modality_gap",
     "over_checkpoints",
+    "logit_lens",
     "patch",
     "prob",
     "probe",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -105,14 +106,16 @@ def head_for(model: HookedMultimodal, batch: Batch) -> Head:
     kept: list[Tensor] = []
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     last = batch.layout.last[:, None]
-    if model.config.is_encoder_decoder:
-        written = batch.extra["decoder_input_ids"]
-        last = torch.full_like(last, written.shape[1] - 1)
-    with (
-        torch.no_grad(),
-        model.hooks(fwd_hooks=[(hook, lambda value, hook: kept.append(value.detach()))]),
-    ):
-        logits = logits_at(model, batch, last)
+
+    def keep(value: Tensor, hook: Any) -> None:
+        kept.append(value.detach())
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(hook, keep)]):
+        if model.config.is_encoder_decoder:
+            logits = model(batch)[:, -1:]  # the layout is that of the encoder
+            last = torch.full_like(last, kept[0].shape[1] - 1)
+        else:
+            logits = logits_at(model, batch, last)
     there = torch.arange(len(last), device=kept[0].device)[:, None]
     head = _fitting(model, kept[0][there, last.to(kept[0].device)], logits, None)
     if head is None:
