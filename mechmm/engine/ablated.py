@@ -1,9 +1,9 @@
-"""Does the model need what an observation points at? Chosen positions ablated, and as many random ones.
+"""Does the model need what an observation points at? Chosen positions ablated beside random ones.
 
-An observation (a lens, nearest neighbours) names, for every state of the stream and every pair, some
-positions that seem to hold the answer. Here these are ablated at that very state, and in other runs
-as many random positions out of the same candidates. Only a larger loss than with random positions
-says that the model uses what was observed there.
+An observation (a lens, nearest neighbours) names, for every state of the stream and every pair,
+some positions that seem to hold the answer. Here these are ablated at that very state, and in other
+runs as many random positions out of the same candidates. Only a larger loss than with random
+positions says that the model uses what was observed there.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _fitting(
     model: HookedMultimodal,
     stream: Float[Tensor, "prompt token d_model"],
     real: Float[Tensor, "prompt token word"],
-    rows: Int[Tensor, "prompt token"] | None,
+    rows: Int[Tensor, "prompt row"] | None,
 ) -> Head | None:
     """The end that makes the real logits of what left the last block, if there is one."""
     tower = model.towers[LANGUAGE]
@@ -150,7 +150,7 @@ def _fitting(
 
 
 def _bends(tower: Tower) -> Iterator[tuple[float, float | None]]:
-    """What may be done to logits, by scale and softcap: not every model does what its config has."""
+    """Scales and softcaps that logits may have: not every model does what its config says."""
     scales = (1.0, getattr(tower.config, "logit_scale", None))
     caps = (None, getattr(tower.config, "final_logit_softcapping", None))
     for scale, cap in product(dict.fromkeys(scales), dict.fromkeys(caps)):

@@ -63,6 +63,19 @@ def prompts_of(
         yield batch.clean, batch, batch.indices
 
 
+def sample_of(
+    model: HookedMultimodal, prompts: PairDataset | Batch
+) -> tuple[Batch, PairBatch | None]:
+    """A first prompt (of a batch: all of it): one that has something to see or hear, if there is
+    one; and its pair. Errors as `prompts_of`."""
+    if isinstance(prompts, PairDataset) and prompts.model is model:
+        shown = (number for number, pair in enumerate(prompts) if pair.clean.images)
+        pair = prompts.batch([next(shown, 0)])
+        return pair.clean, pair
+    first, pair, _ = next(prompts_of(model, prompts, 1))
+    return first, pair
+
+
 def span_names(layout: TokenLayout, spans: Sequence[str] | None) -> tuple[str, ...]:
     """The spans of a result: those that were asked for, the user's own, and common ones."""
     own = [name for name in layout.spans if name not in BUILT_IN or name in COMMON]
@@ -85,7 +98,9 @@ def chosen(
     there, rows = places >= 0, torch.arange(len(places))[:, None]
     at = places.clamp(min=0)
     columns = [places - first_real(layout)[:, None]]
-    columns += [getattr(layout, n)[rows, at] for n in ("modality", "image", "view", "row", "column")]
+    columns += [
+        getattr(layout, n)[rows, at] for n in ("modality", "image", "view", "row", "column")
+    ]
     where = torch.stack(columns, -1).masked_fill(~there[..., None], -1)
     masks = [layout.mask(name)[rows, at] & there for name in span_names(layout, spans)]
     tokens = tuple(

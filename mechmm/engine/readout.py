@@ -4,12 +4,12 @@ For every row x of the stream and every word v the logit is
 
     z_v = bend(W_U[v] . norm(x) + b_v),    bend: the model's scale and softcap.
 
-Rows go through in groups, words in strips: a matrix product into one small buffer, from which, while
-the processor's cache holds it,
+Rows go through in groups, words in strips: a matrix product into one small buffer, from which,
+while the processor's cache holds it,
 
-- the softmax's normaliser log sum_v exp(z_v), by a running sum: where a strip has a larger maximum m,
-  the sum so far is multiplied with exp(m_old - m);
-- the entropy, H = log s - u / s with s = sum exp(z - m), u = sum exp(z - m) (z - m), kept likewise;
+- the softmax's normaliser log sum_v exp(z_v), by a running sum: where a strip has a larger maximum
+  m, the sum so far is multiplied with exp(m_old - m);
+- the entropy, H = log s - u / s with s = sum exp(z - m), u = sum exp(z - m) (z - m), likewise;
 - the rank of chosen words: how many others have a larger logit;
 - the k largest: the maximum of every block of 16 words is kept, and only the k best blocks are
   looked at, in which the k largest lie.
@@ -97,8 +97,8 @@ def read_out(
     parts, rooms = [], _Rooms(sizes, weight)
     for some, own in zip(stream.split(sizes.rows), targets.split(sizes.rows), strict=True):
         parts.append(_read(head, some.to(weight), k, own.to(weight.device), entropy, rooms))
-    found = {name: [getattr(part, name) for part in parts] for name in Readout.__annotations__}
-    return Readout(**{n: None if v[0] is None else torch.cat(v) for n, v in found.items()})
+    names = [name for name in Readout.__annotations__ if entropy or name != "entropy"]
+    return Readout(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _read(

@@ -4,7 +4,7 @@ A state of the language model is what its hook shows. A state of a tower before 
 the unembedding as it is; it is read as if the blocks behind it added nothing: wherever the rest of
 the model reads a later layer of that tower it finds this state, and everything behind runs as the
 family has it (norm behind the tower, Q-Former or resampler, merger, projector, scaling). What then
-enters the first block of the language model, at the positions of the picture, is what the lens reads.
+enters the first block of the language model, at the positions of the picture, is what a lens reads.
 So the last layer that a model reads gives exactly the projector's output.
 """
 
@@ -158,12 +158,16 @@ def _exits(
     """What enters the language model when a tower ends at each of its states."""
     before = list(model.towers)[: list(model.towers).index(tower) + 1]
     prefix = model.towers[tower].prefix
-    ends = [(read - 1, f"{prefix}blocks.{read - 1}.hook_resid_post") for read in _reads(model, tower)]
+    ends = [
+        (read - 1, f"{prefix}blocks.{read - 1}.hook_resid_post") for read in _reads(model, tower)
+    ]
     hooks = [hook for _, hook in ends]
     wanted = batch.layout.last[:, None]
     recording = record(model, batch, wanted, [*table["hook"], *hooks], before, blocks=False)
     shape = recording.hooks[hooks[0]].shape[:2]
-    row, position = (axis.flatten().numpy() for axis in torch.meshgrid(*map(torch.arange, shape), indexing="ij"))
+    row, position = (
+        axis.flatten().numpy() for axis in torch.meshgrid(*map(torch.arange, shape), indexing="ij")
+    )
     made = []
     for trial, layer in enumerate(table["layer"]):
         later = [number for number, (read, _) in enumerate(ends) if read >= layer]

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -44,6 +44,7 @@ from mechmm.engine.lensed import (
     first_picture,
     joined,
     prompts_of,
+    sample_of,
     span_names,
     widened_tokens,
 )
@@ -65,8 +66,11 @@ AXES = {
     "where": 0,
 }
 """The axis of the examples, by array; that of the places is the next."""
+TOGETHER = 256
+"""Rows of the stream, of one state or several, that are read together, at least."""
 
 
+@runtime_checkable
 class Translator(Protocol):
     """A lens that changes states before they are read, as `mm.tuned_lens` gives one."""
 
@@ -103,9 +107,7 @@ class LogitLens(Observed):
     normaliser: Float[Tensor, "state example place"] = field(metadata={"axis": 1})
     targets: Float[Tensor, "state example place target"] = field(metadata={"axis": 1})
     ranks: Int[Tensor, "state example place target"] = field(metadata={"axis": 1})
-    entropy: Float[Tensor, "state example place"] | None = field(
-        default=None, metadata={"axis": 1}
-    )
+    entropy: Float[Tensor, "state example place"] | None = field(default=None, metadata={"axis": 1})
     corrupt_targets: Float[Tensor, "state example place target"] | None = field(
         default=None, metadata={"axis": 1}
     )
@@ -281,8 +283,9 @@ class LogitLens(Observed):
         best = drops["drop"].idxmax()
         return (
             f"{text} With the positions ablated ({self.ablation}) where the answer is read best, "
-            f"{self.metric} falls most at {self.states['label'][best]}: by {drops['drop'][best]:.2f}; "
-            f"with as many random ones, by {drops['drop_null_low'][best]:.2f} to "
+            f"{self.metric} falls most at {self.states['label'][best]}: by "
+            f"{drops['drop'][best]:.2f}; with as many random ones, by "
+            f"{drops['drop_null_low'][best]:.2f} to "
             f"{drops['drop_null_high'][best]:.2f}."
         )
 
@@ -323,7 +326,7 @@ def logit_lens(
     Args:
         prompts: pairs, or prompts alone.
         spans: where to read; as many others of the same modality are read, too, for the null.
-            Default: all positions. Spans of the pairs' own are in the tables wherever they are read.
+            Default: all positions. Spans of the pairs' own are in the tables where they are read.
         positions: single ones instead, counted from a prompt's first token, negative from its end.
         towers: names of `model.towers`; default: all that reach the language model at positions of
             their own; with a `lens` the language model alone.
@@ -356,18 +359,19 @@ def logit_lens(
     if lens is not None:
         lens.check(model)
         towers = _tuned_towers(towers)
-    first, pair, _ = next(prompts_of(model, prompts, 1))
+    first, pair = sample_of(model, prompts)
     head = head_for(model, first)
     table = states(model, first.layout, towers, middle)
     words = _Words(model, targets or ())
     reader = _Reader(model, head, table, lens, top_k, entropy, chunk)
-    parts, tokens_at = [], []
+    parts, tokens_at, pictures = [], [], []
     for batch, pairs, numbers in prompts_of(model, prompts, batch_size):
         at = chosen(model, batch, spans, positions, numbers, seed)
         ids = words.of(batch, pairs, numbers)
         part = {**reader.read(batch, at, ids), "where": at.where, "inside": at.inside}
         if pairs is not None:
             part |= reader.corrupt(pairs.corrupt, at, ids)
+        pictures += [first_picture(one) for one in (batch, *([pairs.corrupt] if pairs else ()))]
         parts.append({**part, "target_ids": ids})
         tokens_at += at.tokens
     axes = {name: axis for name, axis in AXES.items() if name in parts[0]}
@@ -382,8 +386,8 @@ def logit_lens(
         words=_texts(model, found["ids"]),
         lens="logit lens" if lens is None else "tuned lens",
         seed=seed,
-        picture=first_picture(first),
-        corrupt_picture=None if pair is None else first_picture(pair.corrupt),
+        picture=pictures[0],
+        corrupt_picture=None if pair is None else pictures[1],
     )
     if pair is None or ablation is None:
         return result
@@ -432,19 +436,33 @@ class _Reader:
             "ranks": torch.full((*shape, targets.shape[1]), -1),
         }
         found |= {"entropy": nothing.clone()} if self.entropy and k else {}
-        hooks = self.table["hook"].tolist()
+        hooks, waiting = self.table["hook"].tolist(), []
 
         def read(number: int, there: Bool[Tensor, "prompt place"], rows: Tensor) -> None:
             if self.lens is not None:
                 rows = self.lens.translated(hooks[number], rows)
-            prompt = there.nonzero()[:, 0]
-            options = {"entropy": "entropy" in found, "rows": self.chunk}
-            out = read_out(self.head, rows, k, targets[prompt], **options)
-            for name, values in found.items():
-                values[number][there] = getattr(out, name).to(values)
+            waiting.append((number, there, rows))
+            if sum(len(rows) for _, _, rows in waiting) >= TOGETHER:
+                self._write(found, waiting, targets, k)
 
         read_states(self.model, batch, self.table, at.places, read)
+        self._write(found, waiting, targets, k)
         return found
+
+    def _write(self, found: dict, waiting: list, targets: Tensor, k: int) -> None:
+        """Read what several states gave together, for products of few rows are slow."""
+        if not waiting:
+            return
+        stream = torch.cat([rows for _, _, rows in waiting])
+        own = torch.cat([targets[there.nonzero()[:, 0]] for _, there, _ in waiting])
+        options = {"entropy": "entropy" in found, "rows": self.chunk}
+        out = read_out(self.head, stream, k, own, **options)
+        sizes = [len(rows) for _, _, rows in waiting]
+        for name, values in found.items():
+            parts = getattr(out, name).split(sizes)
+            for (number, there, _), part in zip(waiting, parts, strict=True):
+                values[number][there] = part.to(values)
+        waiting.clear()
 
     def corrupt(self, batch: Batch, at: Chosen, targets: Tensor) -> dict:
         """Logits and ranks of the chosen words on corrupt prompts."""
@@ -480,8 +498,8 @@ class _Words:
                 pair = pairs.pairs[long[0]]
                 raise ValueError(
                     f"pair {numbers[long[0]]}: the {name} {getattr(pair, name)!r} is "
-                    f"{int((ids[long[0]] >= 0).sum())} tokens, but a lens reads one; choose answers "
-                    "of one token, or read the clean prompts alone with targets=[...]"
+                    f"{int((ids[long[0]] >= 0).sum())} tokens, but a lens reads one; choose "
+                    "answers of one token, or read the clean prompts alone with targets=[...]"
                 )
         own = torch.stack([answers.answer_ids[:, 0], answers.foil_ids[:, 0]], 1).cpu()
         return torch.cat([own, given], 1)

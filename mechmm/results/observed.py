@@ -36,9 +36,9 @@ class Observed(Result):
     """What was seen at every state and position of some prompts.
 
     Attributes:
-        states: tower, layer (-1: what enters the first block), point, hook and label of every state.
-        where: position (from the first token that is not padding; -1: none), modality, medium, view,
-            row and column of every place [example, place, six].
+        states: tower, layer (-1: what enters the first block), point, hook and label of each.
+        where: position (from the first token that is not padding; -1: none), modality, medium,
+            view, row and column of every place [example, place, six].
         tokens: of the prompts, at these places.
         spans: names of spans.
         inside: whether a place is in a span [span, example, place].
@@ -124,9 +124,9 @@ class Observed(Result):
         return found
 
     def span_table(self) -> pd.DataFrame:
-        """One row per state and span: mean evidence with its 95 % interval over examples, that of the
-        corrupt prompts, the range of 95 % of random positions; and what ablating the positions with
-        the largest evidence, or random ones, takes from the metric (the same for all spans)."""
+        """One row per state and span: mean evidence with its 95 % interval over examples, that of
+        the corrupt prompts, the range of 95 % of random positions; and what ablating the positions
+        with the largest evidence, or random ones, takes from the metric (for all spans alike)."""
         drops = self.drops()
         tables = []
         for span in self.spans:
@@ -192,7 +192,9 @@ class Observed(Result):
             values = torch.stack([held, draws[rows].mean(1)], 1).flip(0)
             maps[tower] = (values, self._labels(rows)[::-1], ["largest evidence", "random"])
         title = f"loss of {self.metric} with positions ablated ({self.ablation})"
-        return plots.tower_maps(maps, title, x_title="positions", value_title="loss", n=len(self.where))
+        return plots.tower_maps(
+            maps, title, x_title="positions", value_title="loss", n=len(self.where)
+        )
 
     def _random_drops(self) -> Float[Tensor, "state draw"]:
         assert self.clean is not None
@@ -250,7 +252,9 @@ class Observed(Result):
         where = self.where[example]
         own = (where[:, POSITION] >= 0).nonzero().flatten().tolist()
         names = [
-            ", ".join(s for s, mask in zip(self.spans, self.inside, strict=True) if mask[example, p])
+            ", ".join(
+                s for s, mask in zip(self.spans, self.inside, strict=True) if mask[example, p]
+            )
             for p in own
         ]
         table = pd.DataFrame(where[own][:, [POSITION, ROW, COLUMN]].numpy())

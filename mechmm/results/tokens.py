@@ -44,16 +44,21 @@ def token_table(
     notes = np.full(numbers.shape, "", object) if notes is None else notes
     if not numbers.shape == tokens.shape == notes.shape == (len(rows), len(columns)):
         raise ValueError(
-            f"tokens of shape {tokens.shape}, values of shape {numbers.shape}, {len(rows)} rows and "
-            f"{len(columns)} columns; give one of each for every cell"
+            f"tokens of shape {tokens.shape}, values of shape {numbers.shape}, {len(rows)} rows "
+            f"and {len(columns)} columns; give one of each for every cell"
         )
     names, heads = [label(name) for name in rows], [label(name, 10) for name in columns]
     left, below = pixels(names) + 40, 0.72 * pixels(heads) + 38
     wide, high = _WIDE * len(columns), _HIGH * len(rows)
-    canvas = Canvas.titled(title, "", left + wide + GAP + bar_room(value_title), HEAD + high + below)
+    canvas = Canvas.titled(
+        title, "", left + wide + GAP + bar_room(value_title), HEAD + high + below
+    )
     axes = canvas.place(0, (left, HEAD, wide, high))
     hover = [
-        [f"{label(rows[i], 80)}, {label(columns[j], 80)}<br>{notes[i, j]}" for j in range(len(columns))]
+        [
+            f"{label(rows[i], 80)}, {label(columns[j], 80)}<br>{notes[i, j]}"
+            for j in range(len(columns))
+        ]
         for i in range(len(rows))
     ]
     shown = np.vectorize(lambda token: label(token, 9), otypes=[object])(tokens)
@@ -103,7 +108,9 @@ def layer_slider(
     grids = [array(values) for _, _, values, _ in panels]
     if not panels or any(len(grid) != len(layers) or grid.ndim != 3 for grid in grids):
         shapes = [grid.shape for grid in grids]
-        raise ValueError(f"values of shapes {shapes} for {len(layers)} layers; give a grid for each")
+        raise ValueError(
+            f"values of shapes {shapes} for {len(layers)} layers; give a grid for each"
+        )
     active = len(layers) - 1 if active is None else active
     sizes = [_fitting(picture) for _, picture, _, _ in panels]
     width = sum(wide + GAP for wide, _ in sizes)
