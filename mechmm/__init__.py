@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.methods.text_span import TextSpan, text_span
+    from mechmm.methods.tuned_lens import TunedLens, tuned_lens
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
@@ -80,6 +81,7 @@ _HOME = {
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
+    "mechmm.methods.tuned_lens": ("TunedLens", "tuned_lens"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
@@ -126,6 +128,7 @@ __all__ = [
     "TextSpan",
     "TokenLayout",
     "Units",
+    "TunedLens",
     "Words",
     "accuracy",
     "attribute",
@@ -156,6 +159,8 @@ __all__ = [
     "text_span",
     "train_sae",
     "untrained",
+    "subspace_interchange",
+    "tuned_lens",
 ]
 
 

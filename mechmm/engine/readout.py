@@ -94,15 +94,32 @@ def read_out(
     sizes = Sizes.of(weight.device, rows, len(weight))
     if targets is None:
         targets = torch.zeros(len(stream), 0, dtype=torch.long)
-    parts, rooms = [], _Rooms(sizes, weight)
+    parts, rooms = [], Rooms(sizes, weight)
     for some, own in zip(stream.split(sizes.rows), targets.split(sizes.rows), strict=True):
         parts.append(_read(head, some.to(weight), k, own.to(weight.device), entropy, rooms))
     names = [name for name in Readout.__annotations__ if entropy or name != "entropy"]
     return Readout(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
+@torch.no_grad()
+def nearest(
+    rows: Float[Tensor, "row d"], table: Float[Tensor, "entry d"], k: int
+) -> tuple[Float[Tensor, "row k"], Int[Tensor, "row k"]]:
+    """The k largest products of every row with the entries of a table, and their numbers."""
+    sizes = Sizes.of(table.device, None, len(table))
+    rooms, found = Rooms(sizes, table), []
+    for some in rows.to(table).split(sizes.rows):
+        top = Largest(len(some), k, rooms)
+        for first, strip in top.strips(len(table)):
+            torch.mm(some, table[first : first + strip.shape[1]].T, out=strip)
+            top.seen(strip)
+        found.append(top.found())
+    values, ids = zip(*found, strict=True)
+    return torch.cat(values), torch.cat(ids)
+
+
 def _read(
-    head: Head, stream: Tensor, k: int, targets: Tensor, entropy: bool, rooms: _Rooms
+    head: Head, stream: Tensor, k: int, targets: Tensor, entropy: bool, rooms: Rooms
 ) -> Readout:
     """A few rows."""
     normed = head.normed(stream[None])[0]
@@ -130,7 +147,7 @@ def _strips(head: Head, normed: Tensor, top: Largest) -> Iterator[tuple[int, Ten
         yield first, strip
 
 
-class _Rooms:
+class Rooms:
     """Memory that every group of rows uses anew.
 
     Attributes:
@@ -155,7 +172,7 @@ class Largest:
     maxima: each larger one has an element that is larger, too.
     """
 
-    def __init__(self, rows: int, k: int, rooms: _Rooms) -> None:
+    def __init__(self, rows: int, k: int, rooms: Rooms) -> None:
         self.k, self.sizes = k, rooms.sizes
         self.logits = rooms.logits[:, :rows]
         self.values = rooms.numbers.new_full((rows, k), -torch.inf)
@@ -209,7 +226,7 @@ class Largest:
 class _Sums:
     """Running sums over words: s of exp(z - m), u of exp(z - m) (z - m), m the maximum so far."""
 
-    def __init__(self, rows: int, entropy: bool, rooms: _Rooms) -> None:
+    def __init__(self, rows: int, entropy: bool, rooms: Rooms) -> None:
         self.rooms = rooms
         numbers = rooms.numbers
         self.m = numbers.new_full((rows,), torch.finfo(numbers.dtype).min)
@@ -241,7 +258,7 @@ class _Sums:
 class _Ranks:
     """How many words have larger logits than some chosen ones."""
 
-    def __init__(self, head: Head, normed: Tensor, targets: Tensor, rooms: _Rooms) -> None:
+    def __init__(self, head: Head, normed: Tensor, targets: Tensor, rooms: Rooms) -> None:
         self.targets, self.rooms = targets, rooms
         logits = torch.einsum("rd,rtd->rt", normed, head.unembed.weight[targets])
         if head.unembed.bias is not None:

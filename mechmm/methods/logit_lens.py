@@ -453,7 +453,7 @@ class _Reader:
         """Read what several states gave together, for products of few rows are slow."""
         if not waiting:
             return
-        stream = torch.cat([rows for _, _, rows in waiting])
+        stream = torch.cat([rows.to(self.head.unembed.weight) for _, _, rows in waiting])
         own = torch.cat([targets[there.nonzero()[:, 0]] for _, there, _ in waiting])
         options = {"entropy": "entropy" in found, "rows": self.chunk}
         out = read_out(self.head, stream, k, own, **options)
