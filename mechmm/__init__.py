@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.dictionary import Dictionary, dictionary
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
     from mechmm.methods.logit_lens import LogitLens, logit_lens
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
@@ -66,6 +67,7 @@ _HOME = {
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
     "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
@@ -113,6 +115,8 @@ __all__ = [
     "Knockout",
     "ModalityGap",
     "OverCheckpoints",
+    "LatentBank",
+    "LatentLens",
     "LogitLens",
     "Page",
     "Pair",
@@ -145,6 +149,8 @@ __all__ = [
     "kl",
     "knockout",
     "knockout_hooks",
+    "latent_bank",
+    "latent_lens",
     "log_prob",
     "logit_diff",
     "mediation",
