@@ -124,14 +124,24 @@ def read_states(
     numbers = table.reset_index(drop=True)
     _read_towers(model, batch, numbers[numbers["tower"] != LANGUAGE], places, read)
     inner = numbers[numbers["tower"] == LANGUAGE]
+    if not len(inner):
+        return
+    waiting, last = inner.index.tolist(), []
 
     def tell(number: int, value: Tensor, hook: Any) -> None:
-        _tell(read, number, places, places >= 0, value)
+        skip(number)
+        last[:] = [value.detach()]
+        skip(number + 1)
+
+    def skip(until: int) -> None:
+        # A block that is passed over (cross-attention without a picture) leaves the state as it is.
+        while waiting and waiting[0] < until:
+            _tell(read, waiting.pop(0), places, places >= 0, last[0])
 
     hooks = [(hook, partial(tell, number)) for number, hook in inner["hook"].items()]
-    if hooks:
-        with model.hooks(fwd_hooks=hooks):  # type: ignore[arg-type]
-            model(batch, logits_to_keep=1)
+    with model.hooks(fwd_hooks=hooks):  # type: ignore[arg-type]
+        model(batch, logits_to_keep=1)
+    skip(len(numbers))
 
 
 def _tell(read: Read, number: int, places: Tensor, there: Tensor, stream: Tensor) -> None:

@@ -123,8 +123,9 @@ class LatentLens(Observed):
         own: largest cosine with a state of the answer's and of the foil's word [state, example,
             place, two]; NaN without pairs, and where the bank has not got the word.
         corrupt: the same on the corrupt prompts, or None.
-        random: largest cosine of random vectors with the bank [state, draw].
-        shuffled: of states of other layers [state, draw].
+        random: largest cosine of random vectors with the bank's states of that layer [state,
+            vector].
+        shuffled: of states of other layers [state, other].
         words, texts, context: as the bank's.
     """
 
@@ -134,8 +135,8 @@ class LatentLens(Observed):
     corrupt: Float[Tensor, "state example place two"] | None = field(
         default=None, metadata={"axis": 1}
     )
-    random: Float[Tensor, "state draw"] = field(metadata={"axis": 1})
-    shuffled: Float[Tensor, "state draw"] = field(metadata={"axis": 1})
+    random: Float[Tensor, "state vector"] = field(metadata={"axis": 1})
+    shuffled: Float[Tensor, "state other"] = field(metadata={"axis": 1})
     words: tuple[str, ...]
     texts: tuple[str, ...]
     context: Int[Tensor, "word two"]
@@ -272,7 +273,7 @@ def latent_bank(
     """The states of every word of some texts, in the language model.
 
     Args:
-        texts: without pictures; or a batch of them, ready.
+        texts: without pictures; or a ready batch, of which the words of the text are taken.
         skip: words at the beginning of a text that are left out: the first has no context.
 
     Raises:

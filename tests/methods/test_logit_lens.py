@@ -27,7 +27,16 @@ from mechmm.results.result import concat
 from mechmm.testing import RECIPES, assert_no_hooks, tiny, tiny_hf, tiny_inputs
 
 WRITERS = [f for f, r in RECIPES.items() if FAMILIES[r.architecture].unembed is not None]
-QUICK = ("llava", "gemma3", "cohere2_vision", "idefics2", "qwen3_vl", "blip-2", "mllama", "florence2")
+QUICK = (
+    "llava",
+    "gemma3",
+    "cohere2_vision",
+    "idefics2",
+    "qwen3_vl",
+    "blip-2",
+    "mllama",
+    "florence2",
+)
 """One of every way from a tower to the language model, and of every bend of logits."""
 SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in WRITERS if f not in QUICK]
 
@@ -80,7 +89,9 @@ def test_readout_equals_all_logits_at_once(tower, vocabulary, cap):
     banned[0, 3] = True
     head = Head(tower, unembed, cap, None, banned, 2.0)
     ours = read_out(head, stream, 5, targets, entropy=True, rows=16)
-    logits = head.bent(unembed(head.normed(stream[None])[0])).masked_fill(banned, torch.finfo(torch.float32).min)
+    logits = head.bent(unembed(head.normed(stream[None])[0])).masked_fill(
+        banned, torch.finfo(torch.float32).min
+    )
     values, ids = logits.topk(5)
     torch.testing.assert_close(ours.logits, values)
     torch.testing.assert_close(logits.gather(1, ours.ids), values)
@@ -262,9 +273,7 @@ def test_ablation_is_that_of_a_sweep_at_the_chosen_positions(demo, pairs, found)
         best = places[evidence[example, places].topk(4).indices]
         assert set(found.where[example, best, 0].tolist()) == set(held[example].tolist())
     marked = MarkedPairs(pairs, {"mine": held.tolist()})
-    sites = mm.sites.residual(
-        demo, ["mine"], towers=["language"], layers=[0], point="resid_post"
-    )
+    sites = mm.sites.residual(demo, ["mine"], towers=["language"], layers=[0], point="resid_post")
     swept = mm.Sweep(demo, marked, sites, base="clean", source="mean").run()
     torch.testing.assert_close(found.held_values[state], swept.values[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(found.clean, swept.base, atol=1e-4, rtol=0)

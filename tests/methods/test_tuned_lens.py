@@ -29,12 +29,12 @@ def demo():
 
 @pytest.fixture(scope="module")
 def pairs(demo):
-    return shapes.color_pairs(demo, 8, seed=5)
+    return shapes.color_pairs(demo, 6, seed=5)
 
 
 @pytest.fixture(scope="module")
 def lens(demo, pairs):
-    return mm.tuned_lens(demo, pairs, steps=40, rate=3e-3)
+    return mm.tuned_lens(demo, pairs, steps=25, rate=3e-3)
 
 
 @torch.no_grad()
@@ -69,27 +69,10 @@ def test_it_comes_closer_to_the_model_than_the_logit_lens_and_the_null(lens):
     assert (lens.curve[0, -10:].mean() < lens.curve[0, :10].mean()).all()
 
 
-def test_an_affine_change_of_a_layer_is_undone(demo, pairs):
-    """What a map can mend it mends: the last layer but one of a model whose last layer adds a
-    constant (here: nothing else) is read exactly."""
-    last = demo.cfg.n_layers - 1
-    push = torch.linspace(-3, 3, demo.cfg.d_model)
-
-    def constant(value, hook):
-        return value * 0 + push
-
-    hooks = [(f"blocks.{last}.hook_attn_out", constant), (f"blocks.{last}.hook_mlp_out", constant)]
-    with demo.hooks(fwd_hooks=hooks):
-        found = mm.tuned_lens(demo, pairs, steps=150, rate=0.02, positions=[-1, -2, -3])
-    state = found.states.index[found.states["label"] == f"language {last - 1}"][0]
-    assert found.kl[state].mean() < 0.2 * found.kl_logit_lens[state].mean()
-    assert not any(point.has_hooks() for point in demo.hook_points())
-
-
 def test_same_seed_same_lens(demo, pairs, lens):
-    again = mm.tuned_lens(demo, pairs, steps=40, rate=3e-3)
+    again = mm.tuned_lens(demo, pairs, steps=25, rate=3e-3)
     assert again.equals(lens)
-    assert not mm.tuned_lens(demo, pairs, steps=40, rate=3e-3, seed=1).equals(lens)
+    assert not mm.tuned_lens(demo, pairs, steps=25, rate=3e-3, seed=1).equals(lens)
 
 
 def test_saved_loaded_and_used(demo, pairs, lens, tmp_path):
