@@ -3,13 +3,12 @@
 A random Llama inside a LLaVA is read on text alone, at every layer and position. First its recorded
 streams: the products of streams and unembedding alone (in the same groups of rows, into one buffer,
 nothing done with them) beside mechmm's readout, with the largest five and the softmax's normaliser,
-and with the entropy too. Then the whole call, run included, beside TransformerLens's `logit_lens` on
-the same weights. Numbers are compared before anything is timed.
+and with the entropy too. Then the whole call, run included, beside TransformerLens's `logit_lens`
+on the same weights. Numbers are compared before anything is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from _timing import Row, compare, interleaved, parser, peak_bytes, report, settle

@@ -8,8 +8,8 @@ state x of a position (of the picture, say) is described by its nearest neighbou
 among the states of all layers or of its own. Unlike the logit lens this asks for no word that comes
 next, and it needs no state of the last layer.
 
-High similarity alone says little: states of a model point in much the same direction. So the result
-has the nulls: random vectors with the mean and spread of each coordinate, and states of other layers
+High similarity alone says little: states of a model point in much the same direction. So the
+result has the nulls: random vectors with the mean and spread of each coordinate, and states of other layers
 looked up in the place of the layer's own. For pairs the evidence is the largest similarity with a
 state of the answer's word, less that with the foil's, beside the corrupt prompt and random
 positions; and the positions with the states most like the answer's word are ablated, beside as many
@@ -116,7 +116,8 @@ class LatentLens(Observed):
     """The words whose states are nearest to those of some positions.
 
     Attributes:
-        neighbours: numbers of words of the bank, nearest first [state, example, place, k]; -1: none.
+        neighbours: numbers of words of the bank, nearest first, -1: none [state, example, place,
+            k].
         similarity: their cosine [state, example, place, k].
         same_layer: whether states were looked up among those of their own layer alone; otherwise a
             neighbour's number is state * words + word.

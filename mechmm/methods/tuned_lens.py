@@ -52,7 +52,7 @@ class TunedLens(Result):
     Attributes:
         states: tower, layer, point, hook and label of every state.
         weight, bias: A and b of every state; those of the last are zero [state, d_model(, d_model)].
-        kl: mean KL(p_model || p) over the positions of a held-out prompt, in nats [state, example].
+        kl: mean KL(p_model || p) over positions of a held-out prompt, in nats [state, example].
         kl_logit_lens: the same of the logit lens.
         kl_null: of maps fitted on states of other positions.
         curve: the loss at every step of the fit [state, step].

@@ -68,7 +68,7 @@ def test_neighbours_equal_brute_force(demo, pairs, bank, same):
     for state, hook in enumerate(names):
         stream = torch.nn.functional.normalize(cache[hook][0], dim=-1)
         table = bank.vectors[state] if same else bank.vectors.flatten(0, 1)
-        values, ids = (stream @ table.T).topk(4)
+        values = (stream @ table.T).topk(4).values
         torch.testing.assert_close(lens.similarity[state, 0], values, atol=1e-5, rtol=0)
         again = (stream @ table.T).gather(1, lens.neighbours[state, 0])
         torch.testing.assert_close(again, values, atol=1e-5, rtol=0)
@@ -144,8 +144,8 @@ def test_families(family):
 
 
 def test_bad_input_is_refused(demo, pairs, bank):
-    with pytest.raises(ValueError, match="the bank is of another model .*d_model 128"):
-        model = tiny()
+    model = tiny()
+    with pytest.raises(ValueError, match=r"the bank is of another model .*d_model 128"):
         mm.latent_lens(model, mm.Batch.from_inputs(model, **tiny_inputs(model)), bank)
     with pytest.raises(ValueError, match="a list of texts"):
         mm.latent_bank(demo, "a red car")

@@ -1,4 +1,4 @@
-"""The logit lens equals the model at the last layer, plain products elsewhere, and its controls hold."""
+"""The logit lens is the model at the last layer, plain products elsewhere; its controls hold."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tuned lens starts as the logit lens, learns what is there to be learnt, and fits one model alone."""
+"""A tuned lens starts as the logit lens, learns what can be learnt, and fits one model alone."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_families(family):
 
 
 def test_bad_input_is_refused(demo, pairs, lens):
-    with pytest.raises(ValueError, match="fitted for another model .*d_model 128"):
+    with pytest.raises(ValueError, match=r"fitted for another model .*d_model 128"):
         mm.logit_lens(tiny(), _batch(tiny()), lens=lens)
     other = mm.HookedMultimodal.from_pretrained("mechmm/demo")
     mm.logit_lens(other, pairs.batch([0]).clean, lens=lens)
