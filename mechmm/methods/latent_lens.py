@@ -9,11 +9,11 @@ among the states of all layers or of its own. Unlike the logit lens this asks fo
 next, and it needs no state of the last layer.
 
 High similarity alone says little: states of a model point in much the same direction. So the
-result has the nulls: random vectors with the mean and spread of each coordinate, and states of other layers
-looked up in the place of the layer's own. For pairs the evidence is the largest similarity with a
-state of the answer's word, less that with the foil's, beside the corrupt prompt and random
-positions; and the positions with the states most like the answer's word are ablated, beside as many
-random ones.
+result has the nulls: random vectors with the mean and spread of each coordinate, and states of
+other layers looked up in the place of the layer's own. For pairs the evidence is the largest
+similarity with a state of the answer's word, less that with the foil's, beside the corrupt prompt
+and random positions; and the positions with the states most like the answer's word are ablated,
+beside as many random ones.
 
 LatentLens: 2602.00462.
 """

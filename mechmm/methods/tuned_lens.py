@@ -51,7 +51,7 @@ class TunedLens(Result):
 
     Attributes:
         states: tower, layer, point, hook and label of every state.
-        weight, bias: A and b of every state; those of the last are zero [state, d_model(, d_model)].
+        weight, bias: A [state, d_model, d_model] and b [state, d_model]; of the last state zero.
         kl: mean KL(p_model || p) over positions of a held-out prompt, in nats [state, example].
         kl_logit_lens: the same of the logit lens.
         kl_null: of maps fitted on states of other positions.
