@@ -10,7 +10,7 @@ import mechmm as mm
 from mechmm.data import shapes
 from mechmm.testing import tiny, tiny_hf, tiny_inputs
 
-FAMILIES = ["llava", "gemma3", "idefics2", "qwen3_vl", "blip-2", "mllama"]
+FAMILIES = ["llava", "idefics2", "qwen3_vl", "blip-2", "mllama"]
 
 
 @pytest.fixture(scope="module", autouse=True)
