@@ -46,7 +46,7 @@ from mechmm.engine.lensed import (
     widened_tokens,
 )
 from mechmm.engine.readout import nearest
-from mechmm.engine.source import Source
+from mechmm.engine.source import Source, source_name
 from mechmm.engine.streams import read_states, states
 from mechmm.engine.sweep import Report
 from mechmm.model.batch import Batch
@@ -375,9 +375,9 @@ def latent_lens(
             "no text of the bank has the answer or foil of any pair; make the bank with texts in "
             "which they stand"
         )
+    found |= finder.nulls(seed)
     result = LatentLens(
         **found,
-        **finder.nulls(seed),
         states=bank.states,
         tokens=widened_tokens(tokens_at),
         spans=span_names(first.layout, spans),
@@ -405,7 +405,7 @@ def latent_lens(
         held=held,
         held_values=tried.held,
         random_values=tried.random,
-        ablation=ablation if isinstance(ablation, str) else name_of(ablation),
+        ablation=source_name(ablation),
         metric=name_of(metric),
     )
 

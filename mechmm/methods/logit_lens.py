@@ -49,7 +49,7 @@ from mechmm.engine.lensed import (
     widened_tokens,
 )
 from mechmm.engine.readout import read_out
-from mechmm.engine.source import Source
+from mechmm.engine.source import Source, source_name
 from mechmm.engine.streams import read_layout, read_states, states
 from mechmm.engine.sweep import Report
 from mechmm.model.batch import Batch
@@ -539,13 +539,12 @@ def _with_ablation(
     held = strongest(result.log_probs()[..., 0], positions, allowed, n)
     others = [own[mask].tolist() for own, mask in zip(positions, allowed, strict=True)]
     found = ablated(model, pairs, result.states, held, others, **options)
-    source = options["source"]
     return replace(
         result,
         clean=found.clean,
         held=held,
         held_values=found.held,
         random_values=found.random,
-        ablation=source if isinstance(source, str) else name_of(source),
+        ablation=source_name(options["source"]),
         metric=name_of(options["metric"]),
     )
