@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mechmm.engine.places import Places, spot_of
 from mechmm.engine.record import record
-from mechmm.engine.sites import SEEING, _unfit
+from mechmm.engine.sites import SEEING, unfit_of
 from mechmm.engine.whole import Whole
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
@@ -101,7 +101,7 @@ def _unread(model: HookedMultimodal, layout: TokenLayout, tower: str) -> str:
     shared = tower == "vision" and "video" not in model.towers
     if tower in SEEING and own not in kinds and not (shared and "video" in kinds):
         return f"the prompts have no {own}"
-    return _unfit(model, tower)
+    return unfit_of(model, tower)
 
 
 # Running -------------------------------------------------------------------------------------
