@@ -36,6 +36,7 @@ from torch import Tensor
 from mechmm.data.metrics import Metric, logit_diff, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.ablated import ablated, strongest
+from mechmm.engine.checks import check_limits
 from mechmm.engine.head import Head, head_for
 from mechmm.engine.lensed import (
     Chosen,
@@ -346,9 +347,10 @@ def logit_lens(
     Raises:
         ValueError: a model without unembedding; an unknown tower or one that cannot be read; a
             position outside a prompt; a word that is not one token; more words than there are;
-            pairs or a lens of another model.
+            a chunk below 1; pairs or a lens of another model.
         SpanError: a span that the prompts do not have.
     """
+    check_limits(chunk=chunk)
     if spans is not None and positions is not None:
         raise ValueError("give either spans or positions, not both")
     if min(top_k, n_held - 1, n_random - 1) < 0 or top_k > max(model.cfg.d_vocab, 0) > 0:

@@ -385,6 +385,7 @@ def test_bad_input_is_refused_before_anything_runs(demo, pairs):
         ({"targets": [77]}, ValueError, "token 77 is not one of 0..76"),
         ({"top_k": 78}, ValueError, "give top_k from 0 to the 77 words"),
         ({"n_held": 0}, ValueError, "at least 1"),
+        ({"chunk": 0}, ValueError, "chunk is 0; give a number of 1 or more"),
         ({"spans": ["image"], "positions": [0]}, ValueError, "either spans or positions"),
     ):
         with pytest.raises(error, match=message):
