@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from mechmm.methods.dictionary import Dictionary, dictionary
     from mechmm.methods.minimality import Minimality, minimality
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
+    from mechmm.methods.logit_lens import LogitLens, logit_lens
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.text_span import TextSpan, text_span
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.methods.text_span import TextSpan, text_span
+    from mechmm.methods.tuned_lens import TunedLens, tuned_lens
     from mechmm.model.audit import Audit, audit
     from mechmm.model.batch import Batch
     from mechmm.model.hooked import HookedMultimodal
@@ -77,6 +81,9 @@ _HOME = {
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
     "mechmm.methods.minimality": ("Minimality", "minimality"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
+    "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
@@ -92,6 +99,7 @@ _HOME = {
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
+    "mechmm.methods.tuned_lens": ("TunedLens", "tuned_lens"),
     "mechmm.model.audit": ("Audit", "audit"),
     "mechmm.model.batch": ("Batch",),
     "mechmm.model.hooked": ("HookedMultimodal",),
@@ -130,6 +138,9 @@ __all__ = [
     "OverCheckpoints",
     "Minimality",
     "ModalityGap",
+    "LatentBank",
+    "LatentLens",
+    "LogitLens",
     "Page",
     "Pair",
     "PairDataset",
@@ -144,6 +155,7 @@ __all__ = [
     "TextSpan",
     "TokenLayout",
     "Units",
+    "TunedLens",
     "Words",
     "accuracy",
     "acdc",
@@ -163,6 +175,8 @@ __all__ = [
     "kl",
     "knockout",
     "knockout_hooks",
+    "latent_bank",
+    "latent_lens",
     "log_prob",
     "logit_diff",
     "mediation",
@@ -170,6 +184,7 @@ __all__ = [
     "over_checkpoints",
     "minimality",
     "modality_gap",
+    "logit_lens",
     "patch",
     "prob",
     "probe",
@@ -178,6 +193,8 @@ __all__ = [
     "text_span",
     "train_sae",
     "untrained",
+    "subspace_interchange",
+    "tuned_lens",
 ]
 
 

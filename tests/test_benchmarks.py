@@ -133,3 +133,24 @@ def test_what_ran_elsewhere_takes_what_it_took_there(script):
     timing = script("_timing")
     found = timing.interleaved({"side": lambda: timing.Elsewhere(12.0)}, rounds=2)
     assert found == {"side": [12.0, 12.0]}
+
+
+def test_lens(script, tmp_path):
+    lens, timing = script("lens"), script("_timing")
+    toy = lens.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8, real=False)
+    rows = lens.measure(toy, rounds=1)
+    timing.report(rows, tmp_path / "rows.json")
+    written = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["against"] for row in written} == {lens.BARE, lens.PEER, lens.LIMIT}
+    for row in written:
+        assert row["ratio"] == pytest.approx(row["ours"] / row["theirs"])
+
+
+def test_the_products_of_the_lens_are_all_made(script):
+    """What is timed as bare products is as much work as the readout's: every row, every word."""
+    lens = script("lens")
+    toy = lens.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8, real=False)
+    task = lens.Task(toy)
+    assert len(task.normed) == 64 * (1 + toy.layers)
+    logits = task.normed @ task.head.unembed.weight.T
+    torch.testing.assert_close(task.top().logits, logits.topk(lens.K).values)

@@ -247,14 +247,14 @@ def _towers(model: HookedMultimodal, towers: Sequence[str] | None) -> list[str]:
     if unknown:
         raise ValueError(f"unknown tower {unknown[0]!r}; this model has {', '.join(known)}")
     chosen = known if towers is None else list(towers)
-    unfit = {name: why for name in chosen if (why := _unfit(model, name))}
+    unfit = {name: why for name in chosen if (why := unfit_of(model, name))}
     if towers is not None and unfit:
         name, why = next(iter(unfit.items()))
         raise ValueError(f"tower {name!r} has no sites: {why}")
     return [name for name in chosen if name not in unfit]
 
 
-def _unfit(model: HookedMultimodal, tower: str) -> str:
+def unfit_of(model: HookedMultimodal, tower: str) -> str:
     """Why positions of the layout are none of a tower's, empty where they are."""
     if model.towers[tower].row.stream_layout is not None:
         return "its positions change from stage to stage"

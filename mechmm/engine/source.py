@@ -73,6 +73,13 @@ class Steer:
         return now + self.scale * self.vector.to(now)
 
 
+def source_name(source: Source) -> str:
+    """What a source is called in a result."""
+    if isinstance(source, str):
+        return source
+    return getattr(source, "__name__", type(source).__name__)
+
+
 class InterventionError(ValueError):
     """A function cannot be used as an intervention."""
 

@@ -66,11 +66,11 @@ def patch_overlay(
         box = (column * (wide + 20), row * (high + HEAD + 12) + HEAD, wide, high)
         axes = canvas.place(i, box, label(heading))
         canvas.bare(i, rows, columns)
-        under = _grey(picture) if i else picture.convert("RGB")
-        canvas.figure.add_trace(_picture_trace(under, (rows, columns), side, axes))
+        under = grey(picture) if i else picture.convert("RGB")
+        canvas.figure.add_trace(picture_trace(under, (rows, columns), side, axes))
         if i:
-            canvas.figure.add_trace(_patch_trace(grids[i - 1], notes[i - 1], axes))
-    canvas.color(_see_through(), largest(grids), value_title, (width, HEAD, 0, high))
+            canvas.figure.add_trace(patch_trace(grids[i - 1], notes[i - 1], axes))
+    canvas.color(see_through(), largest(grids), value_title, (width, HEAD, 0, high))
     return canvas.figure
 
 
@@ -87,13 +87,13 @@ def _layer_names(layers: Labels | None, count: int) -> list[str]:
     return [name if isinstance(name, str) else f"layer {name}" for name in layers]
 
 
-def _grey(picture: Image.Image) -> Image.Image:
+def grey(picture: Image.Image) -> Image.Image:
     """The picture without its colours, a little paler."""
     grey = picture.convert("RGB").convert("L").convert("RGB")
     return Image.blend(grey, Image.new("RGB", picture.size, "white"), 0.15)
 
 
-def _picture_trace(
+def picture_trace(
     picture: Image.Image, grid: tuple[int, int], side: int, axes: Mapping[str, str]
 ) -> go.Image:
     """The picture, stretched over the grid: its axes count patches."""
@@ -109,7 +109,7 @@ def _picture_trace(
     return go.Image(source=source, zsmooth=smooth, hoverinfo="skip", **place, **axes)
 
 
-def _patch_trace(grid: np.ndarray, notes: np.ndarray, axes: Mapping[str, str]) -> go.Heatmap:
+def patch_trace(grid: np.ndarray, notes: np.ndarray, axes: Mapping[str, str]) -> go.Heatmap:
     texts = numbers(grid)
 
     def text(i: int, j: int) -> str:
@@ -127,7 +127,7 @@ def _patch_trace(grid: np.ndarray, notes: np.ndarray, axes: Mapping[str, str]) -
     )
 
 
-def _see_through() -> list[tuple[float, str]]:
+def see_through() -> list[tuple[float, str]]:
     """One red and one blue, the more transparent the less the value says."""
 
     def color(end: str, share: float) -> str:
