@@ -15,11 +15,8 @@ if TYPE_CHECKING:
     from mechmm.engine.source import Steer
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
-    from mechmm.methods.acdc import Acdc, acdc
-    from mechmm.methods.attribution import Attribution, attribute, graph
-    from mechmm.methods.back_patch import BackPatching, back_patch
-    from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.engine.units import graph
+    from mechmm.methods.acdc import Acdc, acdc
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
@@ -27,14 +24,6 @@ if TYPE_CHECKING:
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.completeness import Completeness, completeness
     from mechmm.methods.dictionary import Dictionary, dictionary
-    from mechmm.methods.minimality import Minimality, minimality
-    from mechmm.methods.modality_gap import ModalityGap, modality_gap
-    from mechmm.methods.modality_gap import ModalityGap, modality_gap
-    from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
-    from mechmm.methods.logit_lens import LogitLens, logit_lens
-    from mechmm.methods.patching import Patching, patch
-    from mechmm.methods.probe import Probe, probe
-    from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
@@ -42,6 +31,9 @@ if TYPE_CHECKING:
     from mechmm.methods.early_exit import EarlyExit, early_exit
     from mechmm.methods.interchange import Interchange, interchange
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
+    from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
+    from mechmm.methods.logit_lens import LogitLens, logit_lens
+    from mechmm.methods.minimality import Minimality, minimality
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
@@ -67,11 +59,8 @@ _HOME = {
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
-    "mechmm.methods.acdc": ("Acdc", "acdc"),
-    "mechmm.methods.attribution": ("Attribution", "attribute", "graph"),
-    "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
-    "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.engine.units": ("graph",),
+    "mechmm.methods.acdc": ("Acdc", "acdc"),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
@@ -79,14 +68,6 @@ _HOME = {
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.completeness": ("Completeness", "completeness"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
-    "mechmm.methods.minimality": ("Minimality", "minimality"),
-    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
-    "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
-    "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
-    "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
-    "mechmm.methods.patching": ("Patching", "patch"),
-    "mechmm.methods.probe": ("Probe", "probe"),
-    "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
@@ -94,6 +75,9 @@ _HOME = {
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
     "mechmm.methods.interchange": ("Interchange", "interchange"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
+    "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
+    "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
+    "mechmm.methods.minimality": ("Minimality", "minimality"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
@@ -132,15 +116,12 @@ __all__ = [
     "HookedMultimodal",
     "Interchange",
     "Knockout",
-    "ModalityGap",
-    "OverCheckpoints",
-    "Interchange",
-    "OverCheckpoints",
-    "Minimality",
-    "ModalityGap",
     "LatentBank",
     "LatentLens",
     "LogitLens",
+    "Minimality",
+    "ModalityGap",
+    "OverCheckpoints",
     "Page",
     "Pair",
     "PairDataset",
@@ -154,8 +135,8 @@ __all__ = [
     "Sweep",
     "TextSpan",
     "TokenLayout",
-    "Units",
     "TunedLens",
+    "Units",
     "Words",
     "accuracy",
     "acdc",
@@ -179,12 +160,11 @@ __all__ = [
     "latent_lens",
     "log_prob",
     "logit_diff",
+    "logit_lens",
     "mediation",
-    "modality_gap",
-    "over_checkpoints",
     "minimality",
     "modality_gap",
-    "logit_lens",
+    "over_checkpoints",
     "patch",
     "prob",
     "probe",
@@ -192,9 +172,8 @@ __all__ = [
     "subspace_interchange",
     "text_span",
     "train_sae",
-    "untrained",
-    "subspace_interchange",
     "tuned_lens",
+    "untrained",
 ]
 
 
