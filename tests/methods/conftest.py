@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import mechmm as mm
 from mechmm.data import shapes
 from mechmm.zoo.recipe import build_model, build_processor
+
+# Tiny tensors gain nothing from a second thread and lose much where another program runs.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
