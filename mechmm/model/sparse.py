@@ -27,6 +27,9 @@ ACTIVATIONS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
 """Activation by the architecture that `cfg.json` names."""
 
 
+NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
+
+
 class DictionaryError(ValueError):
     """A sparse autoencoder cannot be read, or does not fit a state."""
 
@@ -57,14 +60,8 @@ class SparseAutoencoder:
     model: str = ""
 
     def __post_init__(self) -> None:
-        d_in, d_sae = self.W_enc.shape
-        shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-        for name, shape in shapes.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                raise DictionaryError(
-                    f"{name} has shape {found}; W_enc {(d_in, d_sae)} asks {shape}"
-                )
+        check_shapes({name: getattr(self, name) for name in NAMES})
+        d_sae = self.W_enc.shape[1]
         if self.activation not in ACTIVATIONS.values():
             known = ", ".join(ACTIVATIONS.values())
             raise DictionaryError(f"unknown activation {self.activation!r}; use {known}")
@@ -111,8 +108,7 @@ class SparseAutoencoder:
 
     def to(self, device: str | torch.device) -> SparseAutoencoder:
         """The same on a device, in single precision."""
-        names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in (*NAMES, "threshold")}
         moved = {n: t.to(device, torch.float32) for n, t in tensors.items() if t is not None}
         return replace(self, **moved)
 
@@ -128,8 +124,7 @@ class SparseAutoencoder:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise FileExistsError(f"{folder} exists and is not an empty folder; choose a new one")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        names = ("W_enc", "b_enc", "W_dec", "b_dec")
-        tensors = {name: getattr(self, name) for name in names}
+        tensors = {name: getattr(self, name) for name in NAMES}
         if self.threshold is not None:
             tensors["threshold"] = self.threshold
         with TemporaryDirectory(dir=folder.parent, prefix=".sae-") as near:
@@ -175,10 +170,27 @@ class SparseAutoencoder:
                 f"{folder} holds no readable {CONFIG} and {WEIGHTS} ({error}); give a folder in "
                 "SAELens's format"
             ) from error
-        missing = [name for name in ("W_enc", "b_enc", "W_dec", "b_dec") if name not in weights]
+        missing = [name for name in NAMES if name not in weights]
         if missing:
             raise DictionaryError(f"{folder / WEIGHTS} has no {missing[0]}")
+        check_shapes(weights)
         return _read(config, {name: value.float() for name, value in weights.items()})
+
+
+def check_shapes(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that do not fit each other.
+
+    Raises:
+        DictionaryError: with the first that does not.
+    """
+    d_in, d_sae = weights["W_enc"].shape
+    shapes = {"b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, shape in shapes.items():
+        found = tuple(weights[name].shape)
+        if found != shape:
+            raise DictionaryError(
+                f"{name} has shape {found}, but W_enc of {(d_in, d_sae)} asks for {shape}"
+            )
 
 
 def top(pre: Float[Tensor, "*place d_sae"], k: int) -> Float[Tensor, "*place d_sae"]:
@@ -218,7 +230,7 @@ def _read(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> SparseAut
 
 def _folded(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights, with gains between encoder and decoder in them."""
-    found = {name: weights[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    found = {name: weights[name] for name in NAMES}
     if config.get("rescale_acts_by_decoder_norm"):
         norm = found["W_dec"].norm(dim=-1)
         found["W_enc"], found["b_enc"] = found["W_enc"] * norm, found["b_enc"] * norm

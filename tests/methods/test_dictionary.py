@@ -145,8 +145,6 @@ def test_what_cannot_be_learned_or_spliced(demo, pairs, train, sae):
         mm.train_sae(demo, train[:2], site, d_sae=4, k=9)
     with pytest.raises(ValueError, match="steps is 0"):
         mm.train_sae(demo, train, site, steps=0)
-    with pytest.raises(ValueError, match="unknown keep 'tape'"):
-        mm.train_sae(demo, train, site, keep="tape")
     last = mm.sites.named(demo, "blocks.0.hook_resid_pre", ["last"])
     with pytest.raises(ValueError, match=r"all states at blocks\.0\.hook_resid_pre are one"):
         mm.train_sae(demo, train[:4], last)

@@ -130,8 +130,6 @@ def test_what_cannot_be_probed(demo, pairs):
         mm.probe(demo, batches, "answer", sites, erase=False)
     with pytest.raises(ValueError, match="n_permuted is 0"):
         mm.probe(demo, pairs, "answer", sites, n_permuted=0)
-    with pytest.raises(ValueError, match="expected a PairDataset or a list of batches"):
-        mm.probe(demo, "pairs", ["a"], sites)
     nowhere = mm.sites.residual(demo, ["cat"], layers=[5], towers=["language"])
     with pytest.raises(SpanError, match="unknown span 'cat'"):
         mm.probe(demo, pairs, "answer", nowhere)

@@ -98,7 +98,7 @@ def test_a_head_that_is_made_large_is_found_and_missed(pictures):
     assert found.heads["color"] == found.heads["shape"] == [[2, 3]]
     moved = (found.ablated - found.clean).abs().mean((1, 2))
     others = (found.random - found.clean).abs().mean((1, 2))
-    assert float(moved.min()) > 3 * float(others.median())
+    assert float(moved.min()) > 2 * float(others.median())
 
 
 def test_labels_and_files(pictures, found, tmp_path):
@@ -124,7 +124,7 @@ def test_what_has_no_text_span(pictures):
     with pytest.raises(ValueError, match="the text 'red' is given twice"):
         mm.text_span(model, pictures, {"color": ["red", "blue"], "shape": ["red", "star"]})
     with pytest.raises(ValueError, match="texts are lists by property"):
-        mm.text_span(model, pictures, ["red", "blue"])
+        mm.text_span(model, pictures, {})
     with pytest.raises(ValueError, match="n_ablated is 99, but there are 18 heads"):
         mm.text_span(model, pictures, TEXTS, n_ablated=99)
     with pytest.raises(ValueError, match="'pink' is none of its texts"):
