@@ -195,7 +195,7 @@ def circuits(
     methods: Annotated[
         str, typer.Option(help="Comma-separated methods of mechmm.attribute; default: all.")
     ] = "",
-    pairs: Annotated[int, typer.Option(help="To make scores on, and as many to test on.")] = 24,
+    pairs: Annotated[int, typer.Option(help="To make scores on, and as many to test on.")] = 12,
     steps: Annotated[int, typer.Option(help="Of integrated gradients.")] = 5,
     seed: Annotated[int, typer.Option(help="Of pairs and random scores.")] = 0,
     file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,

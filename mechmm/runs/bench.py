@@ -57,7 +57,7 @@ class Bench:
 
     models: Sequence[str] = ()
     methods: Sequence[str] = ()
-    pairs: int = 24
+    pairs: int = 12
     steps: int = 5
     seed: int = 0
     quick: bool = False
@@ -224,13 +224,30 @@ def _resident(field: str) -> float:
 # What is shown -------------------------------------------------------------------------------
 
 
+SHORT = {
+    "method": "method",
+    "edge_auroc": "AUROC",
+    "greedy_auroc": "greedy",
+    "node_auroc": "nodes",
+    "cpr": "CPR",
+    "cmd": "CMD",
+    "share": "share",
+    "seconds": "s",
+}
+"""Columns for the terminal."""
+
+
 def tables(truths: Sequence[Truth], rows: Sequence[Row]) -> dict[str, pd.DataFrame]:
-    """By title: the known circuits, and the methods."""
-    found = {
-        "Known circuits: faithfulness of their edges, and of all others": pd.DataFrame(truths),
-        "Methods": pd.DataFrame(rows),
-    }
-    return {title: table for title, table in found.items() if len(table)}
+    """A table per model, under what is known of its circuit."""
+    known = {truth.model: truth for truth in truths}
+    found = {}
+    for model, table in pd.DataFrame(rows).groupby("model", sort=False):
+        truth, title = known.get(str(model)), str(model)
+        if truth is not None:
+            title += f": {truth.true} of {truth.edges} edges are true; faithfulness"
+            title += f" {truth.circuit:.3f} with them alone, {truth.rest:.3f} with all others"
+        found[title] = table.drop(columns="model").reset_index(drop=True)
+    return found
 
 
 def figures(rows: Sequence[Row]) -> Iterator[Figure]:
@@ -281,7 +298,7 @@ def bench_circuits(bench: Bench, file: Path | None = None, out: Path | None = No
     truths, rows = run(bench)
     console = Console()
     for title, table in tables(truths, rows).items():
-        print_table(table, title, console)
+        print_table(table[list(SHORT)].rename(columns=SHORT), title, console)
     if file is not None:
         file.write_text(as_json(bench, truths, rows), encoding="utf-8")
     if out is not None:

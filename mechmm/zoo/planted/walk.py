@@ -8,7 +8,6 @@ another one. One call runs a batch whose examples have different edges swapped:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,48 +46,58 @@ def walk(
         graph: its edges.
         swap: 1 where an edge carries what its writer wrote in `other`.
     """
-    parts: list[Tensor] = []
-    if swap is not None:
-        sizes = [block.size for block in graph.blocks]
-        parts = [
-            part.view(len(ids), *block.shape[1:])
-            for part, block in zip(swap.split(sizes, dim=1), graph.blocks, strict=True)
-        ]
-    vision, text = model.config.vision_config, model.config.text_config
-    tower = model.model.vision_tower
-    first = tower.pre_layrnorm(tower.embeddings(pixels))
-    sight = _Stream([first], other.seen if other else None, parts)
-    blocks = sum(block.tower == graph.blocks[0].tower for block in graph.blocks) // 2
-    for block in tower.encoder.layers[:blocks]:
-        x = sight.read(block.layer_norm1)
-        q, k, v = _heads(block.self_attn, x, vision.num_attention_heads)
-        z = scaled_dot_product_attention(q, k, v)
-        sight.write(*_out(block.self_attn.out_proj, z))
-        sight.write(block.mlp(sight.read(block.layer_norm2)[0])[None])
+    parts = _by_block(graph, swap)
+    sight = _see(model, pixels, _Stream(other.seen if other else None, parts))
     features = model.model.multi_modal_projector(sight.read(lambda x: x)[0][:, 1:])
+    speech = _Stream(other.said if other else None, parts)
+    logits = _say(model, ids, features, speech)
+    return Run(logits, torch.cat(sight.written), torch.cat(speech.written))
 
-    image = ids == model.config.image_token_index
-    words = model.model.language_model.embed_tokens(ids).masked_fill(image[..., None], 0.0)
+
+def _by_block(graph: Graph, swap: Tensor | None) -> list[Float[Tensor, "batch writer reader"]]:
+    """Which edges are swapped, for the readers of every block in turn."""
+    if swap is None:
+        return []
+    parts = swap.split([block.size for block in graph.blocks], dim=1)
+    return [p.unflatten(1, b.shape[1:]) for p, b in zip(parts, graph.blocks, strict=True)]
+
+
+def _see(model: Any, pixels: Tensor, stream: _Stream) -> _Stream:
+    """The vision tower up to the layer that is read."""
+    tower, config = model.model.vision_tower, model.config
+    layer, blocks = config.vision_feature_layer, len(tower.encoder.layers)
+    stream.write(tower.pre_layrnorm(tower.embeddings(pixels))[None])
+    for block in tower.encoder.layers[: layer if layer >= 0 else blocks + 1 + layer]:
+        heads = config.vision_config.num_attention_heads
+        q, k, v = _heads(block.self_attn, stream.read(block.layer_norm1), heads)
+        z = scaled_dot_product_attention(q, k, v)
+        stream.write(*_out(block.self_attn.out_proj, z))
+        stream.write(block.mlp(stream.read(block.layer_norm2)[0])[None])
+    return stream
+
+
+def _say(model: Any, ids: Tensor, features: Tensor, stream: _Stream) -> Tensor:
+    """The language model; logits at the last position."""
+    llama, image = model.model.language_model, ids == model.config.image_token_index
+    words = llama.embed_tokens(ids).masked_fill(image[..., None], 0.0)
     shown = torch.zeros_like(words).masked_scatter(image[..., None], features)
-    speech = _Stream([shown, words], other.said if other else None, parts)
-    llama = model.model.language_model
+    stream.write(torch.stack([shown, words]))
     turn = llama.rotary_emb(words, torch.arange(ids.shape[1])[None])
     for block in llama.layers:
-        x = speech.read(block.input_layernorm)
-        q, k, v = _heads(block.self_attn, x, text.num_attention_heads)
+        heads = model.config.text_config.num_attention_heads
+        q, k, v = _heads(block.self_attn, stream.read(block.input_layernorm), heads)
         z = scaled_dot_product_attention(_turned(q, turn), _turned(k, turn), v, is_causal=True)
-        speech.write(*_out(block.self_attn.o_proj, z))
-        speech.write(block.mlp(speech.read(block.post_attention_layernorm)[0])[None])
-    logits = model.lm_head(speech.read(llama.norm)[0][:, -1])
-    return Run(logits, torch.cat(sight.written), torch.cat(speech.written))
+        stream.write(*_out(block.self_attn.o_proj, z))
+        stream.write(block.mlp(stream.read(block.post_attention_layernorm)[0])[None])
+    return model.lm_head(stream.read(llama.norm)[0][:, -1])
 
 
 class _Stream:
     """A residual stream: its writers so far, and what each reader gets."""
 
-    def __init__(self, first: Sequence[Tensor], other: Tensor | None, parts: list[Tensor]) -> None:
-        self.written = [torch.stack(list(first))]
-        self.total = self.written[0].sum(0)
+    def __init__(self, other: Tensor | None, parts: list[Tensor]) -> None:
+        self.written: list[Tensor] = []
+        self.total: Tensor | float = 0.0
         self.other, self.parts = other, parts
 
     def write(self, values: Stacked, bias: Tensor | None = None) -> None:
@@ -99,7 +108,7 @@ class _Stream:
         """What the readers of the next block get, behind their norm; one row where all get the
         same."""
         if self.other is None:
-            return norm(self.total[None])
+            return norm(self.total)[None]
         swap = self.parts.pop(0)
         now = torch.cat(self.written)
         change = torch.einsum("bur,ubpd->rbpd", swap, self.other[: len(now)] - now)
