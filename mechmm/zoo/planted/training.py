@@ -73,7 +73,7 @@ class Recipe:
     loud: float = 4.0
 
 
-RECIPES = dict.fromkeys(TRAINED, Recipe()) | {"same_color": Recipe(first=0.5, told=0.5, loud=0.5)}
+RECIPES = dict.fromkeys(TRAINED, Recipe()) | {"same_color": Recipe(900, 0.5, 0.5, 0.5)}
 BATCH, RATE, WARM = 32, 2e-3, 100
 CASES = 2000
 """Cases, and as many changed ones, that batches are drawn from."""
@@ -260,8 +260,10 @@ class Trainer:
         self.random = np.random.default_rng([zlib.crc32(task.encode()), 2, seed])
         self.grain = torch.Generator().manual_seed(seed)
         self.model: Any = untrained(seed)
-        graph = wired(HookedMultimodal.from_hf(self.model, build_processor())).graph
-        self.graph, self.swaps = graph, Swaps.of(graph, self.causal)
+        wrapped = HookedMultimodal.from_hf(self.model, build_processor())
+        self.graph = graph = wired(wrapped).graph
+        self.swaps = Swaps.of(graph, self.causal)
+        wrapped.unwrap()
         self.examples = Examples.drawn(TASKS[task], self.causal, CASES, self.random)
         self.weight = torch.full((len(VOCABULARY),), FAINT)
         answers = {self.causal.answer(values) for values in self.examples.values}
