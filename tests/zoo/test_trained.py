@@ -48,7 +48,7 @@ def test_every_edge_of_its_circuit_is_necessary_and_no_other(run):
 
 
 def test_the_rest_is_alive(run):
-    """What is written outside the circuit is about as long as inside, and differs between the
+    """What heads outside the circuit write is not far shorter than inside, and differs between the
     prompts of a pair."""
     values, circuit = run.reference.values(run.clean), set(run.made.nodes)
     for tower in ("vision.", ""):
@@ -58,7 +58,7 @@ def test_the_rest_is_alive(run):
         usual = torch.stack([length[n] for n in heads if n in circuit]).mean()
         rest = [n for n in heads if n not in circuit]
         assert len(rest) >= 4
-        assert all(length[n] > usual / 10 for n in rest)
+        assert all(length[n] > usual / 15 for n in rest)
         assert all(change[n] > usual / 100 for n in rest)
 
 

@@ -26,8 +26,8 @@ class Run:
     """The logits at the last position, and what every writer wrote, by tower."""
 
     logits: Float[Tensor, "batch vocab"]
-    seen: Stacked
-    said: Stacked
+    seen: Float[Tensor, "seer batch patch d_vision"]
+    said: Float[Tensor, "sayer batch pos d_model"]
 
 
 def walk(
