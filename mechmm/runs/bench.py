@@ -25,6 +25,7 @@ from mechmm.methods.attribution import METHODS, Attribution, attribute
 from mechmm.methods.circuits import FRACTIONS, faithfulness, faithfulness_curve
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
+from mechmm.results.graph import Graph
 from mechmm.results.ranking import edge_auroc, greedy_auroc, node_auroc
 from mechmm.results.report import Page, Section
 from mechmm.runs.cases import Case, chosen_cases
@@ -182,6 +183,7 @@ def _quality(
 ) -> dict[str, float]:
     """What a method's scores are worth."""
     mean, graph = scores.mean(), scores.graph
+    assert isinstance(graph, Graph)
     found = dict.fromkeys(("edge_auroc", "greedy_auroc", "node_auroc"), math.nan)
     if true is not None:
         found["edge_auroc"] = edge_auroc(mean, true.keep)
