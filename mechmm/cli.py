@@ -205,8 +205,8 @@ def circuits(
     """Score edges with every method, on models whose circuit is known and on the demo model."""
     from mechmm.runs.bench import Bench, bench_circuits
 
-    chosen = ([name.strip() for name in text.split(",") if name] for text in (models, methods))
-    bench_circuits(Bench(*chosen, pairs, steps, seed, quick), file, out)
+    cases, tried = ([n.strip() for n in text.split(",") if n] for text in (models, methods))
+    bench_circuits(Bench(cases, tried, pairs, steps, seed, quick), file, out)
 
 
 def _load(name: str):
