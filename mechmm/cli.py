@@ -19,6 +19,8 @@ zoo = typer.Typer(
     help="The shipped demo model: train it, evaluate it, read its card.", no_args_is_help=True
 )
 app.add_typer(zoo, name="zoo")
+bench = typer.Typer(help="Try methods where the answer is known.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Name = Annotated[str, typer.Argument(help="A hub name, a local folder, or mechmm/demo (shipped).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
@@ -148,6 +150,18 @@ def train(
 
 
 @zoo.command()
+def plant(
+    task: Annotated[str, typer.Option(help="color_at_cell, same_color or prior_overridden.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its true circuit.")],
+    seed: Annotated[int, typer.Option(help="Of the weights and of every batch.")] = 0,
+) -> None:
+    """Train a small model whose circuit is known, in minutes."""
+    from mechmm.zoo.planted.training import train as run
+
+    run(task, seed).save(out)
+
+
+@zoo.command()
 def evaluate(
     name: Annotated[
         str, typer.Option("--model", help="mechmm/demo or a local folder.")
@@ -170,6 +184,29 @@ def card() -> None:
     from importlib.resources import files
 
     print((files("mechmm") / "zoo" / "demo" / "README.md").read_text())
+
+
+@bench.command()
+def circuits(
+    models: Annotated[
+        str,
+        typer.Option(help="Comma-separated: compiled, redundant, trained, demo, or single ones."),
+    ] = "",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods of mechmm.attribute; default: all.")
+    ] = "",
+    pairs: Annotated[int, typer.Option(help="To make scores on, and as many to test on.")] = 12,
+    steps: Annotated[int, typer.Option(help="Of integrated gradients.")] = 5,
+    seed: Annotated[int, typer.Option(help="Of pairs and random scores.")] = 0,
+    file: Annotated[Path | None, typer.Option("--json", help="Write all rows here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a page with figures.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="8 pairs, quick methods.")] = False,
+) -> None:
+    """Score edges with every method, on models whose circuit is known and on the demo model."""
+    from mechmm.runs.bench import Bench, bench_circuits
+
+    cases, tried = ([n.strip() for n in text.split(",") if n] for text in (models, methods))
+    bench_circuits(Bench(cases, tried, pairs, steps, seed, quick), file, out)
 
 
 def _load(name: str):

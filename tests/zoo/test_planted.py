@@ -9,10 +9,9 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from ablation import Ablation
 
-from mechmm.data.metrics import logit_diff
 from mechmm.model.hooked import HookedMultimodal
-from mechmm.testing.edges import EdgeReference
 from mechmm.zoo import planted
 
 SEEDS = (0, 1, 2)
@@ -24,47 +23,8 @@ def build(task: str, seed: int = 0) -> planted.Planted:
     return planted.build(task, seed)
 
 
-class Ablation:
-    """Pairs of a planted model, and the metric with any of its edges ablated."""
-
-    def __init__(self, made: planted.Planted, n: int) -> None:
-        self.made, self.pairs = made, made.pairs(n, seed=1)
-        (batch,) = self.pairs.batches(n)
-        self.answers = batch.answers
-        self.clean, self.corrupt = dict(batch.clean.inputs), dict(batch.corrupt.inputs)
-        self.reference = EdgeReference(made.model.hf_model)
-        self.other = self.reference.values(self.corrupt)
-        self.full = self.metric(self.reference.logits(self.clean))
-        self.empty = self.metric(self.reference.logits(self.corrupt))
-
-    def metric(self, logits):
-        """Answer less foil [batch]; all pairs may be repeated along the batch."""
-        return logit_diff(logits, self.answers.repeat(len(logits) // len(self.pairs)))
-
-    def faithfulness(self, on):
-        m = self.metric(self.reference.logits(self.clean, on, self.other))
-        return (m - self.empty) / (self.full - self.empty)
-
-    def effects(self, edges, at_once: int = 48):
-        """What ablating each edge alone takes from the metric, as a share [edge, pair]."""
-        found, n = [], len(self.pairs)
-        for start in range(0, len(edges), at_once):
-            part = {edge: i for i, edge in enumerate(edges[start : start + at_once])}
-            row = torch.arange(len(part) * n) // n
-            repeat = [
-                {name: x.repeat(len(part), *[1] * (x.ndim - 1)) for name, x in values.items()}
-                for values in (self.clean, self.other)
-            ]
-            logits = self.reference.logits(
-                repeat[0], lambda e, row=row, part=part: e not in part or row != part[e], repeat[1]
-            )
-            left = self.metric(logits).view(len(part), n)
-            found.append((self.full - left) / (self.full - self.empty))
-        return torch.cat(found)
-
-
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("task", planted.TASKS)
+@pytest.mark.parametrize("task", [*planted.TASKS, *planted.REDUNDANT])
 def test_it_answers_by_its_circuit_alone(task, seed):
     made = build(task, seed)
     answers = made.pairs(16, seed=2).check()
@@ -104,6 +64,23 @@ def test_single_edges(task):
 @pytest.mark.parametrize("task", planted.TASKS)
 def test_every_single_edge(task):
     check_single_edges(task, seed=1, false_edges=None)
+
+
+def test_either_of_two_heads_is_enough():
+    """So no ablation of a single edge tells the edges of both from those that carry nothing."""
+    made = build("backup_heads")
+    run = Ablation(made, N)
+    heads = [made.roles["read"], made.roles["again"]]
+    own = [{edge for edge in made.edges if head in edge} for head in heads]
+    spared = [run.effects([edge]).abs().max() for edge in own[0] | own[1]]
+    assert len(spared) == 6
+    assert max(spared) < 1e-3
+    for gone in own:
+        assert run.faithfulness(lambda edge, gone=gone: edge not in gone).min() > 0.99
+    both = own[0] | own[1]
+    assert run.faithfulness(lambda edge: edge not in both).abs().max() < 0.01
+    others = [edge for edge in made.edges if edge not in both]
+    assert run.effects(others).mean(1).min() > 0.1
 
 
 @pytest.mark.parametrize("task", planted.TASKS)

@@ -1,4 +1,4 @@
-"""Planted models: what `build` makes of a task and a seed."""
+"""Planted models: what `build` makes of a task and a seed, and what `load` finds in a folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,22 @@ import numpy as np
 
 from mechmm.data.pairs import Pair, PairDataset, Prompt
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.zoo.planted.causal import CAUSAL
 from mechmm.zoo.planted.compiler import compile_program
-from mechmm.zoo.planted.tasks import TASKS as _TASKS
+from mechmm.zoo.planted.tasks import REDUNDANT as _REDUNDANT
+from mechmm.zoo.planted.tasks import TASKS as _NECESSARY
 from mechmm.zoo.planted.tasks.task import Case, Task
 from mechmm.zoo.planted.words import build_processor
 
-TASKS = tuple(_TASKS)
-"""Names of the tasks."""
+TASKS = tuple(_NECESSARY)
+"""Names of the tasks in which every edge of the circuit is necessary."""
+REDUNDANT = tuple(_REDUNDANT)
+"""Names of those in which single edges can be spared."""
+TRAINED = tuple(CAUSAL)
+"""Names of the tasks for which a trained model is shipped."""
+_TASKS = {**_NECESSARY, **_REDUNDANT}
 TRUTH = "truth.json"
+SHIPPED = Path(__file__).parent / "trained"
 _TRIES = 200
 """Draws per pair; far more than any task needs."""
 
@@ -89,7 +97,7 @@ def build(task: str, seed: int = 0) -> Planted:
     """A model with a planted circuit, in a second or two; the same for the same task and seed.
 
     Args:
-        task: one of `TASKS`.
+        task: one of `TASKS` or `REDUNDANT`.
         seed: draws the layers and heads that do the work, the bases of both residual streams and
             of every head, and all noise.
 
@@ -97,7 +105,7 @@ def build(task: str, seed: int = 0) -> Planted:
         ValueError: for an unknown task, with the nearest ones, or a negative seed.
     """
     if task not in _TASKS:
-        near = difflib.get_close_matches(task, TASKS, n=3, cutoff=0.3) or TASKS
+        near = difflib.get_close_matches(task, _TASKS, n=3, cutoff=0.3) or _TASKS
         raise ValueError(f"no planted task {task!r}; did you mean {', '.join(near)}?")
     if seed < 0:
         raise ValueError(f"a seed must be 0 or more, not {seed}")
@@ -107,12 +115,35 @@ def build(task: str, seed: int = 0) -> Planted:
     return Planted(task, seed, model, made.edges, dict(made.nodes), _TASKS[task].why)
 
 
+def load(name: str | Path) -> Planted:
+    """A trained model that is shipped, or a planted model that was saved.
+
+    Args:
+        name: one of `TRAINED`, or a folder that `Planted.save` wrote.
+
+    Raises:
+        ValueError: neither of both.
+    """
+    folder = SHIPPED / name if name in TRAINED else Path(name)
+    if not (folder / TRUTH).is_file():
+        raise ValueError(
+            f"no trained model {str(name)!r}; there are {', '.join(TRAINED)}, and folders written "
+            f"by Planted.save, with a file {TRUTH}"
+        )
+    truth = json.loads((folder / TRUTH).read_text(encoding="utf-8"))
+    model = HookedMultimodal.from_pretrained(folder)
+    names = ("seed", "edges", "roles", "why")
+    seed, edges, roles, why = (truth[part] for part in names)
+    return Planted(truth["task"], seed, model, tuple(edges), roles, why)
+
+
 def _pair(task: Task, kind: str, random: np.random.Generator) -> Pair:
-    """A pair of one kind, with different answers; which of both cases is clean is drawn too."""
+    """A pair of one kind, with different answers; which of both cases is clean is drawn too, where
+    the task lets them take turns."""
     for _ in range(_TRIES):
         case = task.draw(random)
         cases = [case, task.changes[kind](random, case)]
-        if random.integers(2):
+        if task.turns and random.integers(2):
             cases.reverse()
         answer, foil = (task.answer(case) for case in cases)
         if answer is not None and foil is not None and answer != foil:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mechmm.zoo.planted.tasks import (
+    backup_heads,
     color_at_cell,
     copy_from_text,
     count_to_two,
@@ -22,3 +23,6 @@ TASKS: Mapping[str, Task] = {
     "copy_from_text": copy_from_text.TASK,
     "prior_overridden": prior_overridden.TASK,
 }
+"""Tasks in which every edge of the circuit is necessary."""
+REDUNDANT: Mapping[str, Task] = {"backup_heads": backup_heads.TASK}
+"""Tasks in which single edges can be spared."""

@@ -19,8 +19,14 @@ from mechmm.zoo.planted.tasks.task import (
 PRIOR = {"heart": "red", "leaf": "green", "drop": "blue", "sun": "yellow"}
 """The color that a thing has where the picture does not show it."""
 
+KNOW = Mlp(
+    "know",
+    tuple(Rule({f"asked_shape.{s}": 1.0}, {f"prior.{c}": 1.0}) for s, c in PRIOR.items()),
+)
+"""Knows the color that such things have."""
 
-def _two_things(random: Random) -> Case:
+
+def two_things(random: Random) -> Case:
     """Two things, neither of which has the color of its prior, in two of the cells."""
     shapes, cells = some_of(random, SHAPES, 2), random.permutation(len(PLACES))[:2]
     scene = new_scene(random, (None,) * 4, (None,) * 4)
@@ -37,7 +43,8 @@ def _shown(case: Case) -> str | None:
     return PLACES[case.scene.shapes.index(case.asked[0])]
 
 
-def _override(case: Case) -> str | None:
+def override(case: Case) -> str | None:
+    """The color in the picture, else that of the prior."""
     place = _shown(case)
     return PRIOR[case.asked[0]] if place is None else case.scene.color_at(place)
 
@@ -52,7 +59,8 @@ def _changed_color(random: Random, case: Case) -> Case:
     )
 
 
-def _hidden(random: Random, case: Case) -> Case:
+def hidden(random: Random, case: Case) -> Case:
+    """The same without the asked thing."""
     place = _shown(case)
     return (
         case
@@ -86,12 +94,7 @@ TASK = Task(
     program=program(
         (
             ask("shape"),
-            Mlp(
-                "know",
-                tuple(
-                    Rule({f"asked_shape.{s}": 1.0}, {f"prior.{c}": 1.0}) for s, c in PRIOR.items()
-                ),
-            ),
+            KNOW,
             Head(
                 "read",
                 (
@@ -117,12 +120,12 @@ TASK = Task(
         ),
         tuple(COLORS),
     ),
-    draw=_two_things,
+    draw=two_things,
     changes={
         "color": _changed_color,
-        "shown": _hidden,
+        "shown": hidden,
         "asked, shown": _ask_like(True),
         "asked, absent": _ask_like(False),
     },
-    answer=_override,
+    answer=override,
 )

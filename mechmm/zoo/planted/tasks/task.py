@@ -52,6 +52,7 @@ class Task:
         draw: a random case.
         changes: by name (the `kind` of a pair), what makes a corrupt case of a clean one.
         answer: the right answer, or None where a case has none.
+        turns: whether either case of a pair may be the clean one, or only the drawn one.
     """
 
     why: str
@@ -60,6 +61,7 @@ class Task:
     draw: Callable[[Random], Case]
     changes: Mapping[str, Change]
     answer: Callable[[Case], str | None]
+    turns: bool = True
 
 
 def program(language: tuple[Step, ...], said: tuple[str, ...]) -> Program:
