@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechmm import data
-    from mechmm.data.metrics import accuracy, kl, log_prob, logit_diff, prob
+    from mechmm.data.contrast import contrasted
+    from mechmm.data.metrics import accuracy, flipped, kl, log_prob, logit_diff, prob
     from mechmm.data.pairs import Pair, PairDataset, Prompt
     from mechmm.engine import sites
     from mechmm.engine.source import Steer
@@ -17,18 +18,21 @@ if TYPE_CHECKING:
     from mechmm.engine.train_sae import train_sae
     from mechmm.engine.units import graph
     from mechmm.methods.acdc import Acdc, acdc
+    from mechmm.methods.attention_steering import attention_steering
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
     from mechmm.methods.checkpoints import OverCheckpoints, over_checkpoints
     from mechmm.methods.circuits import Faithfulness, faithfulness, faithfulness_curve
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.completeness import Completeness, completeness
+    from mechmm.methods.contrastive import ContrastiveDecoding
     from mechmm.methods.dictionary import Dictionary, dictionary
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
     )
     from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.hallucination import Hallucination, hallucination
     from mechmm.methods.interchange import Interchange, interchange
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.steering import steering
     from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.methods.text_span import TextSpan, text_span
     from mechmm.methods.tuned_lens import TunedLens, tuned_lens
@@ -49,30 +54,35 @@ if TYPE_CHECKING:
     from mechmm.results.circuit import Circuit
     from mechmm.results.graph import Graph
     from mechmm.results.report import Page
+    from mechmm.results.steered import Steered
     from mechmm.results.units import Units
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "mechmm.data.metrics": ("accuracy", "kl", "log_prob", "logit_diff", "prob"),
+    "mechmm.data.contrast": ("contrasted",),
+    "mechmm.data.metrics": ("accuracy", "flipped", "kl", "log_prob", "logit_diff", "prob"),
     "mechmm.data.pairs": ("Pair", "PairDataset", "Prompt"),
     "mechmm.engine.source": ("Steer",),
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.acdc": ("Acdc", "acdc"),
+    "mechmm.methods.attention_steering": ("attention_steering",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
     "mechmm.methods.checkpoints": ("OverCheckpoints", "over_checkpoints"),
     "mechmm.methods.circuits": ("Faithfulness", "faithfulness", "faithfulness_curve"),
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.completeness": ("Completeness", "completeness"),
+    "mechmm.methods.contrastive": ("ContrastiveDecoding",),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
     ),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.hallucination": ("Hallucination", "hallucination"),
     "mechmm.methods.interchange": ("Interchange", "interchange"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
@@ -81,6 +91,7 @@ _HOME = {
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.steering": ("steering",),
     "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
     "mechmm.methods.tuned_lens": ("TunedLens", "tuned_lens"),
@@ -93,6 +104,7 @@ _HOME = {
     "mechmm.results.circuit": ("Circuit",),
     "mechmm.results.graph": ("Graph",),
     "mechmm.results.report": ("Page",),
+    "mechmm.results.steered": ("Steered",),
     "mechmm.results.units": ("Units",),
 }
 _MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
@@ -108,11 +120,13 @@ __all__ = [
     "Box",
     "Circuit",
     "Completeness",
+    "ContrastiveDecoding",
     "Dictionary",
     "DirectLogitAttribution",
     "EarlyExit",
     "Faithfulness",
     "Graph",
+    "Hallucination",
     "HookedMultimodal",
     "Interchange",
     "Knockout",
@@ -131,6 +145,7 @@ __all__ = [
     "Prompt",
     "SparseAutoencoder",
     "Steer",
+    "Steered",
     "SubspaceInterchange",
     "Sweep",
     "TextSpan",
@@ -140,18 +155,22 @@ __all__ = [
     "Words",
     "accuracy",
     "acdc",
+    "attention_steering",
     "attribute",
     "audit",
     "back_patch",
     "cka",
     "completeness",
+    "contrasted",
     "data",
     "dictionary",
     "direct_logit_attribution",
     "early_exit",
     "faithfulness",
     "faithfulness_curve",
+    "flipped",
     "graph",
+    "hallucination",
     "interchange",
     "kl",
     "knockout",
@@ -169,6 +188,7 @@ __all__ = [
     "prob",
     "probe",
     "sites",
+    "steering",
     "subspace_interchange",
     "text_span",
     "train_sae",

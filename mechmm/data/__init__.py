@@ -1,6 +1,6 @@
 """What a model is asked: pairs of prompts, metrics, corruptions, and two data sources."""
 
-from mechmm.data import corruption, digits, matching, metrics, questions, scenes, shapes
+from mechmm.data import corruption, digits, generated, matching, metrics, questions, scenes, shapes
 from mechmm.data.corruption import Cells, CorruptionError, corrupt, make_pairs
 from mechmm.data.metrics import METRICS, Answers, Metric, score
 from mechmm.data.pairs import Pair, PairBatch, PairDataset, PairError, Prompt
@@ -25,6 +25,7 @@ __all__ = [
     "corrupt",
     "corruption",
     "digits",
+    "generated",
     "make_pairs",
     "matching",
     "metrics",

@@ -130,6 +130,11 @@ def accuracy(logits: Float[Tensor, "batch vocab"], answers: Answers) -> Float[Te
     return (said == _only(answers.answer_ids)).to(logits.dtype)
 
 
+def flipped(logits: Float[Tensor, "batch vocab"], answers: Answers) -> Float[Tensor, " batch"]:
+    """1 where the foil is the likeliest of all tokens, else 0; errors as `logit_diff`."""
+    return accuracy(logits, answers.swapped)
+
+
 METRICS: dict[str, Metric] = {
     "logit_diff": logit_diff,
     "log_prob": log_prob,

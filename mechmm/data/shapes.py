@@ -261,6 +261,30 @@ def _with_data(pair: Pair, clean: Scene, form: Form) -> Pair:
     return replace(pair, spans={"data": shown if form == "image" else told})
 
 
+def prior_pairs(
+    model: HookedMultimodal, n: int, seed: int = 0, form: Form = "image"
+) -> PairDataset:
+    """Sight against expectation: the thing asked about has another color than its shape mostly has
+    (`mechmm.data.questions.PRIOR`); in the corrupt scene it has the expected one.
+
+    The answer is the color that is there, the foil the one that language expects; spans and labels
+    are as in `pairs`.
+
+    Raises:
+        ValueError: an unknown form; fewer than one pair.
+    """
+    if form not in get_args(Form) or n < 1:
+        raise ValueError(f"form is {form!r} and n {n}; use image or text, and at least 1 pair")
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < n:
+        clean, question = Sampler(prior=0.0).ask(rng, "color")
+        expected = PRIOR.get(question.about[0])
+        if expected not in (None, question.answer(clean)):
+            corrupt = clean.replace(question.asked(clean)[0], color=expected)
+            found.append(scene_pair(model, clean, corrupt, question, form))
+    return PairDataset(found, model)
+
+
 def _text_pair(clean: Scene, corrupt: Scene, question: Question) -> Pair:
     changed = _changed(clean, corrupt)
     spans: dict[str, Where] = {"object": Words(clean.things[changed].describe())}
@@ -331,6 +355,7 @@ __all__ = [
     "Spans",
     "color_pairs",
     "pairs",
+    "prior_pairs",
     "prompt",
     "scene_pair",
 ]

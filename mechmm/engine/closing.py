@@ -19,9 +19,9 @@ from mechmm.engine.routes import (
     Route,
     check_left,
     has_attention,
+    lengthened,
     scores_hook,
 )
-from mechmm.engine.sites import SEEING
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import SpanError
 
@@ -62,12 +62,9 @@ class Closing:
     def changes(self, batch: PairBatch, part: Reading) -> tuple[Places, Values]:
         """What all cells hide in one reading of a batch."""
         hidden, _ = self._hidden(batch)
-        width, before = part.batch.input_ids.shape[1], batch.clean.input_ids.shape[1]
         for (number, prompt), one in hidden.items():
-            if width > before and self._route(number).tower not in SEEING:
-                real = part.batch.attention_mask[prompt, before:].cpu().numpy()
-                new, last = before + np.flatnonzero(real), int(batch.clean.layout.last[prompt])
-                hidden[number, prompt] = one.longer(new, width, last)
+            where = (self._route(number), batch.clean, part.batch, prompt)
+            hidden[number, prompt] = lengthened(one, *where)
         names = [self._route(number).name for number in range(len(self.routes) * (1 + self.n_null))]
         cells = [
             (draw * len(self.routes) + number, self._hooks(number, layers))

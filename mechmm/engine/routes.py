@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechmm.engine.cells import concatenated
 from mechmm.engine.located import Located
 from mechmm.engine.places import Places, Values
 from mechmm.engine.sites import READING, SEEING, patterns
+from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.layout import PADDING, TokenLayout
 
@@ -182,6 +183,15 @@ class Hidden:
         )
 
 
+def lengthened(hidden: Hidden, route: Route, prompts: Batch, longer: Batch, prompt: int) -> Hidden:
+    """What is hidden from one prompt, where a text may follow it in the batch that runs."""
+    before, width = prompts.input_ids.shape[1], longer.input_ids.shape[1]
+    if width == before or route.tower in SEEING:
+        return hidden
+    real = longer.attention_mask[prompt, before:].cpu().numpy()
+    return hidden.longer(before + np.flatnonzero(real), width, int(prompts.layout.last[prompt]))
+
+
 def seen_by(layout: TokenLayout, prompt: int, causal: bool) -> Keys:
     """Which positions every position of a prompt sees, at most [query, key]."""
     real = (layout.modality[prompt] != PADDING).numpy()
@@ -253,11 +263,13 @@ class Blocked:
         hidden: by number of the route and prompt.
         cells: (number of the route, hooks of its layers).
         names: of the routes.
+        amounts: what is added to the scores of every cell's keys; None: they are hidden.
     """
 
     hidden: dict[tuple[int, int], Hidden]
     cells: Sequence[tuple[int, tuple[str, ...]]]
     names: Sequence[str]
+    amounts: Sequence[float] | None = None
 
     def changes(self, prompts: int, device: torch.device) -> tuple[Places, Values]:
         """The places of all cells, and what is put there."""
@@ -288,6 +300,8 @@ class Blocked:
     def _values(self, places: Places, row: np.ndarray, keys: Tensor) -> Values:
         def give(hook: str, at: np.ndarray, now: Tensor) -> Tensor:
             hide = keys[torch.as_tensor(row[at], device=keys.device), : now.shape[-1]]
+            if self.amounts is not None:
+                return now + self._added(places, at, now) * hide[:, None]
             new = now.masked_fill(hide[:, None], -torch.inf)
             nothing = _lost(new)
             if nothing is not None:
@@ -299,6 +313,12 @@ class Blocked:
             return new
 
         return give
+
+    def _added(self, places: Places, at: np.ndarray, now: Tensor) -> Float[Tensor, "place 1 1"]:
+        """What is added to the keys of some places."""
+        assert self.amounts is not None
+        cell = places.trial[at] // (int(places.prompts.max()) + 1)
+        return torch.as_tensor(self.amounts).to(now)[cell][:, None, None]
 
 
 def _stacked(keys: Sequence[np.ndarray]) -> Bool[Tensor, "hidden width"]:
