@@ -21,13 +21,11 @@ from __future__ import annotations
 
 import json
 import random
-import statistics
 import subprocess
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,7 +35,6 @@ from _timing import (
     Row,
     compare,
     interleaved,
-    milliseconds,
     parser,
     peak_bytes,
     peak_resident,
@@ -46,8 +43,10 @@ from _timing import (
 )
 
 # isort: split
+import numpy as np
 import torch
 from _peers import AUTO_CIRCUIT, EAP_IG
+from exact import seconds, texts
 from overhead import Shape, shared
 from safetensors.torch import load_file, save_file
 from sweep import SHAPES, Task
@@ -60,11 +59,7 @@ from transformer_lens.tools.analysis.attribution_patching import (
 from transformers import LlamaForCausalLM
 
 import mechmm as mm
-from mechmm.data.metrics import logit_diff
 from mechmm.data.pairs import Prompt
-from mechmm.engine.contrast import contrasts
-from mechmm.engine.wiring import Wiring, wired
-from mechmm.methods import attribution
 from mechmm.testing.vocabulary import WORDS
 
 OURS, BARE, LENS = "mechmm", "bare passes", "TransformerLens"
@@ -72,8 +67,6 @@ STEPS = 5
 LENGTHS = (16, 64, 230, 460)
 CLOSE = 1e-3
 """How far scores may differ, as a share of the largest."""
-GROUPS = 3
-"""Of neighbouring layers; exact scores are timed on one layer of each."""
 INSTALL = "pass --peers an interpreter that has it (docs/benchmarks.md)"
 
 
@@ -389,59 +382,16 @@ class Lens:
 
 
 def exact_rows(case: Case, process: Process, run: Run) -> list[Row]:
-    """One patched run an edge, scaled to all edges of the language model."""
+    """A patched run an edge, of some drawn at random, scaled to all; ours as in `exact.py`."""
     edges = len(case.language(case.ours("text", "random")))
-    mine = 0.0
-    for layers, wiring in sampled(case):
-        taken = milliseconds(lambda w=wiring: exact(case, w), "cpu")
-        mine += taken * edges_of(case, layers) / len(wiring.graph)
-    bare = case.passes("text")
-    inputs = dict(bare.batch.clean.inputs)
-    with torch.no_grad():
-        passes = {BARE: lambda: bare.logits(inputs)}
-        forward = statistics.median(interleaved(passes, run.rounds)[BARE])
-    name, seconds = f"exact, text, {edges} edges", mine / 1000
-    goals = (">= 120", ">= 5") if run.real else (None, None)
-    times = [seconds], [forward * edges / 1000]
-    rows = [compare(name, "one bare forward pass an edge", "s", *times, goals[1], turned=True)]
+    name = f"exact, text, {edges} edges"
     if EAP_IG in process.missing:
-        return [Row(name, EAP_IG, "s", note=process.missing[EAP_IG]), *rows]
+        return [Row(name, EAP_IG, "s", note=process.missing[EAP_IG])]
+    mine = seconds(texts(case), np.random.default_rng(0))
     options = {"edges": run.sample, "seed": 0}
     taken = process.ask(EAP_IG, "exact", **options)["milliseconds"] * edges / run.sample / 1000
-    return [compare(name, EAP_IG, "s", [seconds], [taken], goals[0], turned=True), *rows]
-
-
-def exact(case: Case, wiring: Wiring) -> Tensor:
-    """Exact scores of the edges of one wiring."""
-    runs = {"streams": True}
-    (parts,) = contrasts(case.hooked, case.pairs["text"], wiring, logit_diff, **runs)
-    return attribution._scores(parts[0], "exact", 1)
-
-
-def sampled(case: Case) -> list[tuple[range, Wiring]]:
-    """Groups of neighbouring layers, each with the wiring of one layer in its middle."""
-    layers = case.shape.layers
-    ends = [round(i * layers / GROUPS) for i in range(GROUPS + 1)]
-    groups = [range(a, b) for a, b in pairwise(ends) if a < b]
-    return [(group, only(case, group[len(group) // 2])) for group in groups]
-
-
-def only(case: Case, layer: int) -> Wiring:
-    """The edges into one layer of the language model."""
-    full = wired(case.hooked)
-    kept = [
-        i
-        for i, b in enumerate(full.graph.blocks)
-        if (b.tower, b.layer) == ("language", layer) and full.readers[i].kind != "logits"
-    ]
-    blocks, readers = (tuple(each[i] for i in kept) for each in (full.graph.blocks, full.readers))
-    return replace(full, graph=replace(full.graph, blocks=blocks), readers=readers)
-
-
-def edges_of(case: Case, layers: range) -> int:
-    """Edges into some layers, those into the logits with the last."""
-    blocks = case.hooked and wired(case.hooked).graph.blocks
-    return sum(b.size for b in blocks if b.tower == "language" and b.layer in layers)
+    goal = ">= 120" if run.real else None
+    return [compare(name, EAP_IG, "s", [mine], [taken], goal, turned=True)]
 
 
 # The table ------------------------------------------------------------------------------------
@@ -450,8 +400,8 @@ def edges_of(case: Case, layers: range) -> int:
 def measure(shape: Shape, run: Run, jobs: Sequence[str]) -> list[Row]:
     """The table."""
     rows: list[Row] = []
-    texts = {"text": text_rows, "exact": exact_rows}
-    for made in (texts[job] for job in texts if job in jobs):
+    alone = {"text": text_rows, "exact": exact_rows}
+    for made in (alone[job] for job in alone if job in jobs):
         case = Case(shape)
         with closing(Process(case, run.python)) as process:
             rows += made(case, process, run)
