@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mechmm.methods.minimality import Minimality, minimality
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
     from mechmm.methods.neuron_attribution import NeuronAttribution, neuron_attribution
+    from mechmm.methods.neuron_selectivity import NeuronSelectivity, neuron_selectivity
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.steering import steering
@@ -91,6 +92,7 @@ _HOME = {
     "mechmm.methods.minimality": ("Minimality", "minimality"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
     "mechmm.methods.neuron_attribution": ("NeuronAttribution", "neuron_attribution"),
+    "mechmm.methods.neuron_selectivity": ("NeuronSelectivity", "neuron_selectivity"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.steering": ("steering",),
@@ -138,6 +140,7 @@ __all__ = [
     "Minimality",
     "ModalityGap",
     "NeuronAttribution",
+    "NeuronSelectivity",
     "OverCheckpoints",
     "Page",
     "Pair",
@@ -187,6 +190,7 @@ __all__ = [
     "minimality",
     "modality_gap",
     "neuron_attribution",
+    "neuron_selectivity",
     "over_checkpoints",
     "patch",
     "prob",

@@ -335,7 +335,8 @@ def _alike(
 def _words(model: HookedMultimodal, table: pd.DataFrame) -> tuple[str, ...]:
     """The words with the largest logits W_U W_out[k] of some neurons."""
     tower = model.towers[LANGUAGE]
-    rows = [tower.weight("W_out", row.layer)[row.neuron] for row in table.itertuples()]
+    linears = [(tower.linear(row.layer, "mlp_out"), row.neuron) for row in table.itertuples()]
+    rows = [linear.weight[:, neuron] for linear, neuron in linears]  # type: ignore[union-attr]
     _, ids = nearest(torch.stack(rows).detach(), tower.W_U.detach().T, WORDS)
     said = (model.to_string(row[:, None]) for row in ids.cpu())
     return tuple(" ".join(word.strip() for word in row) for row in said)
