@@ -29,11 +29,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from plotly.graph_objects import Figure
 from torch import Tensor
 
 from mechmm.data.metrics import Metric, Reading, logit_diff, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.boxes import box_of
 from mechmm.engine.cells import Cells, concatenated
 from mechmm.engine.checks import SiteError, check_choice, check_limits, check_model, check_seed
 from mechmm.engine.contrast import TARGETS, check_contrast, contrasts
@@ -43,15 +45,16 @@ from mechmm.engine.places import Ints, Places, Values
 from mechmm.engine.readout import nearest
 from mechmm.engine.sites import Sites, named, neurons
 from mechmm.engine.split import chosen_on
-from mechmm.engine.states import means
+from mechmm.engine.states import means, prompts_of, states
 from mechmm.engine.sweep import Report
 from mechmm.engine.unit_scores import unit_scores
 from mechmm.engine.units import Home, UnitBatch, UnitMap, unit_map
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.layout import SpanError
 from mechmm.results import plots
-from mechmm.results.report import Page, Section
+from mechmm.results.report import Captioned, Page, Section
 from mechmm.results.result import Result
+from mechmm.results.sheet import sheet
 from mechmm.results.statistics import bootstrap_interval
 
 METHODS = {"gradient": "eap", "ig": "eap-ig-activations"}
@@ -74,6 +77,9 @@ class NeuronAttribution(Result):
         base: the metric of the clean prompts [example]; ablated: without the chosen neurons
             [example]; nulls: without each random set [draw, example].
         words: that each chosen neuron writes directly; empty in a vision tower.
+        places: where the chosen neurons are most active in the clean prompts: layer, neuron,
+            activation, example, position, picture (a number in `pictures`, -1: none) and the box
+            of the patch in pixels. pictures: of these places.
         tower, span, method, reference, ablation, metric: names.
     """
 
@@ -86,6 +92,8 @@ class NeuronAttribution(Result):
     ablated: Float[Tensor, " example"] = field(metadata={"axis": 0})
     nulls: Float[Tensor, "draw example"] = field(metadata={"axis": 1})
     words: tuple[str, ...]
+    places: pd.DataFrame
+    pictures: tuple[Image.Image, ...]
     tower: str
     span: str
     method: str
@@ -117,6 +125,29 @@ class NeuronAttribution(Result):
         columns = {"change": changes.mean(1).numpy(), "low": low.numpy(), "high": high.numpy()}
         return pd.DataFrame({"neurons": names, **columns})
 
+    def sheet(self, rank: int = 0) -> Image.Image:
+        """The pictures in which a chosen neuron is most active, its patch in a frame.
+
+        Args:
+            rank: of the neuron, 0 the one with the largest score.
+
+        Raises:
+            ValueError: a rank that there is not, or a neuron that is most active elsewhere.
+        """
+        own = self._pictured(rank)
+        if not len(own):
+            raise ValueError(f"the places of neuron {rank} are no parts of a picture")
+        frames = own[["left", "top", "right", "bottom"]].itertuples(index=False, name=None)
+        return sheet([self.pictures[int(i)] for i in own["picture"]], list(frames))
+
+    def _pictured(self, rank: int) -> pd.DataFrame:
+        if not 0 <= rank < len(self.top):
+            raise ValueError(f"rank is {rank}; the chosen neurons are 0..{len(self.top) - 1}")
+        layer, neuron = self.neurons.iloc[self.top[rank]]
+        table = self.places
+        mine = (table["layer"] == layer) & (table["neuron"] == neuron)
+        return table[mine & (table["picture"] >= 0)]
+
     # Figures ---------------------------------------------------------------------------------
 
     def plot(self) -> dict[str, Figure]:
@@ -127,7 +158,14 @@ class NeuronAttribution(Result):
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: the figures and both tables."""
         contents = [*self.plot().values(), self.effects(), self.to_dataframe()]
-        return Page(title, self.summary(), [Section("Neurons", contents)], facts or {})
+        shown = [
+            Captioned(self.sheet(rank), f"m{layer}.n{neuron}, most active on the left")
+            for rank, (layer, neuron) in enumerate(self.neurons.iloc[list(self.top)].to_numpy())
+            if len(self._pictured(rank))
+        ]
+        sections = [Section("Neurons", contents)]
+        sections += [Section("Where they are most active", shown)] if shown else []
+        return Page(title, self.summary(), sections, facts or {})
 
     def summary(self) -> str:
         """What was chosen, and what came of it, in words."""
@@ -172,6 +210,7 @@ def neuron_attribution(
     span: str = "image",
     top: int = 20,
     n_random: int = 5,
+    n_places: int = 8,
     ablation: str = "zero",
     train: float = 0.5,
     metric: Metric = logit_diff,
@@ -192,6 +231,7 @@ def neuron_attribution(
         span: whose positions are summed over and ablated.
         top: how many neurons are chosen and ablated together.
         n_random: random sets of as many neurons in the same layers.
+        n_places: most active places kept of each chosen neuron.
         ablation: `"zero"` or `"mean"` (over the span's positions of every clean prompt).
         train: share of pairs that choose; effects are read on the others.
         metric: with a gradient.
@@ -208,7 +248,8 @@ def neuron_attribution(
         StreamError: a model whose residual stream is no sum of what its components write.
     """
     check_seed(seed)
-    check_limits(steps=steps, top=top, n_random=n_random, batch_size=batch_size)
+    check_limits(steps=steps, top=top, n_random=n_random, n_places=n_places)
+    check_limits(batch_size=batch_size)
     for what, given, known in (
         ("tower", tower, model.towers),
         ("method", method, METHODS),
@@ -233,6 +274,8 @@ def neuron_attribution(
     ablated = _Ablated.of(model, pairs, units, table, sets, span, ablation, batch_size)
     every = Cells(model, pairs, len(sets), ablated.changes, metric, batch_size, tokens)
     found = every.run(report)
+    chosen_ones = _sites(model, table.iloc[best], tower, span)
+    places, pictures = _shown(model, pairs, chosen_ones, n_places, batch_size)
     return NeuronAttribution(
         scores=scores,
         neurons=table,
@@ -243,6 +286,8 @@ def neuron_attribution(
         ablated=found.values[0],
         nulls=found.values[1:],
         words=_words(model, table.iloc[best]) if tower == LANGUAGE else (),
+        places=places,
+        pictures=pictures,
         tower=tower,
         span=span,
         method=method,
@@ -342,6 +387,37 @@ def _words(model: HookedMultimodal, table: pd.DataFrame) -> tuple[str, ...]:
     return tuple(" ".join(word.strip() for word in row) for row in said)
 
 
+def _sites(model: HookedMultimodal, table: pd.DataFrame, tower: str, span: str) -> Sites:
+    """Sites of some neurons, layer by layer."""
+    by_layer = {int(str(layer)): list(own["neuron"]) for layer, own in table.groupby("layer")}
+    return neurons(model, by_layer, (span,), tower=tower)
+
+
+def _shown(
+    model: HookedMultimodal, pairs: PairDataset, sites: Sites, n: int, batch_size: int
+) -> tuple[pd.DataFrame, tuple[Image.Image, ...]]:
+    """The most active places of some neurons, and their pictures, each once."""
+    rows, edges = [], ("left", "top", "right", "bottom")
+    for batch, indices in prompts_of(pairs, batch_size):
+        read = states(model, batch, sites, indices)
+        for site, own in zip(sites.table.itertuples(), read, strict=True):
+            values = own.values[:, 0]
+            for at in values.topk(min(n, len(values))).indices.tolist():
+                place = (int(own.prompt[at]), int(own.row[at]), int(own.position[at]))
+                box = box_of(batch.layout, str(site.tower), *place) or (-1, *(np.nan,) * 4)
+                active = (int(site.layer), int(site.neuron), float(values[at]))  # type: ignore[arg-type]
+                rows.append((*active, indices[place[0]], place[2], *box))
+    columns = ("layer", "neuron", "activation", "example", "position", "image", *edges)
+    table = pd.DataFrame(rows, columns=list(columns))
+    table = table.sort_values("activation", ascending=False, kind="stable")
+    table = table.groupby(["layer", "neuron"], sort=False).head(n).reset_index(drop=True)
+    keys = list(zip(table["example"], table["image"], strict=True))
+    numbers: dict[tuple[int, int], int] = {}
+    of = [numbers.setdefault(key, len(numbers)) if key[1] >= 0 else -1 for key in keys]
+    pictures = tuple(pairs[example].clean.images[image] for example, image in numbers)
+    return table.drop(columns="image").assign(picture=of), pictures
+
+
 # Ablation ----------------------------------------------------------------------------------
 
 
@@ -374,9 +450,7 @@ class _Ablated:
         """Sites and values of some sets of columns of a table of neurons."""
         tower = units.homes[0].group.tower
         columns = np.unique(np.concatenate([np.array(own) for own in sets]))
-        rows = table.iloc[columns]
-        by_layer = {int(k): list(own["neuron"]) for k, own in rows.groupby("layer")}
-        sites = neurons(model, by_layer, (span,), tower=tower)
+        sites = _sites(model, table.iloc[columns], tower, span)
         values = torch.zeros(len(sites))
         if ablation == "mean":
             found = means(model, pairs, sites, batch_size=batch_size)

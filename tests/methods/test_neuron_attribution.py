@@ -140,6 +140,32 @@ def test_mean_ablation_keeps_more_than_nothing_to_ablate(demo, same):
     assert (lost.base - lost.ablated).min() > 0.05
 
 
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_places_are_the_largest_activations(demo, same, tower):
+    found = mm.neuron_attribution(demo, same[:6], tower=tower, top=3, n_random=1, n_places=4)
+    prefix = "" if tower == "language" else "vision."
+    layer, neuron = found.neurons.iloc[found.top[0]]
+    own = found.places.query("layer == @layer and neuron == @neuron")
+    batch = same[:6].batch(range(6)).clean
+    hook = f"{prefix}blocks.{layer}.mlp.hook_post"
+    _, cache = demo.run_with_cache(batch, names_filter=hook)
+    values = cache[hook][..., int(neuron)]
+    if tower == "language":
+        values = torch.stack(
+            [values[i, list(batch.layout.positions("image", i))] for i in range(6)]
+        )
+    else:
+        values = values[:, 1:]  # the class token stands for no patch
+    expected = values.flatten().topk(4).values
+    assert own["activation"].tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    row = own.iloc[0]
+    picture = found.pictures[int(row["picture"])]
+    assert 0 <= row["left"] < row["right"] <= picture.width
+    assert found.sheet(0).width > found.sheet(0).height
+    with pytest.raises(ValueError, match="rank is 3"):
+        found.sheet(3)
+
+
 def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
     assert Result.load(found.save(tmp_path / "found")).equals(found)
     figures = found.plot()
