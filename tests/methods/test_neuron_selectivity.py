@@ -52,6 +52,22 @@ def test_it_is_what_is_counted_by_hand(family):
         assert math.isnan(own) if math.isnan(shares[0]) else own == pytest.approx(expected)
 
 
+def test_layers_with_experts_are_left_out():
+    """They have as many hidden units as experts let through, other ones at every position."""
+    model, pairs = tiny_pairs("qwen3_vl_moe", 4)
+    experts = [
+        layer
+        for layer in range(model.cfg.n_layers)
+        if not any(f"blocks.{layer}.mlp.hook_post" == name for name in model.hook_dict)
+    ]
+    assert experts
+    found = mm.neuron_selectivity(model, pairs, n_shuffled=2)
+    scored = mm.neuron_attribution(model, pairs, top=2, n_random=1)
+    for table in (found.neurons, scored.neurons):
+        assert not set(table["layer"]) & set(experts)
+        assert len(table)
+
+
 def test_entropy_of_known_rates():
     rates = torch.tensor([[0.4, 0.4, 0.0, 0.0], [0.4, 0.0, 0.1, 0.0]])
     found = entropies(rates)
