@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from mechmm.methods.logit_lens import LogitLens, logit_lens
     from mechmm.methods.minimality import Minimality, minimality
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.neuron_attribution import NeuronAttribution, neuron_attribution
+    from mechmm.methods.neuron_selectivity import NeuronSelectivity, neuron_selectivity
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
     from mechmm.methods.steering import steering
@@ -89,6 +91,8 @@ _HOME = {
     "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
     "mechmm.methods.minimality": ("Minimality", "minimality"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.neuron_attribution": ("NeuronAttribution", "neuron_attribution"),
+    "mechmm.methods.neuron_selectivity": ("NeuronSelectivity", "neuron_selectivity"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
     "mechmm.methods.steering": ("steering",),
@@ -135,6 +139,8 @@ __all__ = [
     "LogitLens",
     "Minimality",
     "ModalityGap",
+    "NeuronAttribution",
+    "NeuronSelectivity",
     "OverCheckpoints",
     "Page",
     "Pair",
@@ -183,6 +189,8 @@ __all__ = [
     "mediation",
     "minimality",
     "modality_gap",
+    "neuron_attribution",
+    "neuron_selectivity",
     "over_checkpoints",
     "patch",
     "prob",

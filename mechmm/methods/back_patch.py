@@ -33,6 +33,7 @@ from mechmm.data.pairs import PairDataset
 from mechmm.engine.carried import Carried, Carry, spans_of
 from mechmm.engine.cells import Cells
 from mechmm.engine.checks import check_seed
+from mechmm.engine.split import chosen_on
 from mechmm.engine.sweep import Report
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.layout import SpanError
@@ -188,7 +189,7 @@ def back_patch(
     """
     check_seed(seed)
     cells = _cells(model, sources, targets, windows)
-    chosen = _split(len(pairs), train, seed)
+    chosen = chosen_on(len(pairs), train, seed)
     if n_null < 0:
         raise ValueError(f"n_null is {n_null}; give 0 or more draws")
     rest = (metric, batch_size, tokens)
@@ -253,16 +254,3 @@ def _cells(
     if not cells:
         raise ValueError("no source lies behind a target; give later sources or earlier targets")
     return cells
-
-
-def _split(count: int, share: float, seed: int) -> Bool[Tensor, " example"]:
-    """A random part of the pairs to choose on."""
-    size = round(share * count)
-    if not 2 <= size <= count - 2:
-        raise ValueError(
-            f"train={share} leaves {size} of {count} pairs to choose on and {count - size} to "
-            "report on; both need at least 2"
-        )
-    train = torch.zeros(count, dtype=torch.bool)
-    train[torch.as_tensor(np.random.default_rng(seed).permutation(count)[:size])] = True
-    return train

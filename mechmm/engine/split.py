@@ -1,0 +1,25 @@
+"""Some examples to choose on, the others to report on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+
+def chosen_on(count: int, share: float, seed: int) -> Bool[Tensor, " example"]:
+    """A random part of the pairs to choose on.
+
+    Raises:
+        ValueError: a share that leaves fewer than two on either side.
+    """
+    size = round(share * count)
+    if not 2 <= size <= count - 2:
+        raise ValueError(
+            f"train={share} leaves {size} of {count} pairs to choose on and {count - size} to "
+            "report on; both need at least 2"
+        )
+    train = torch.zeros(count, dtype=torch.bool)
+    train[torch.as_tensor(np.random.default_rng(seed).permutation(count)[:size])] = True
+    return train

@@ -1,0 +1,202 @@
+"""Neuron scores and ablations are those of hand-made hooks; the best neurons carry the answer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import mechmm as mm
+from mechmm.data import shapes
+from mechmm.data.metrics import last_logits
+from mechmm.model.layout import SpanError
+from mechmm.results.result import Result
+from mechmm.testing import tiny_pairs
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
+
+
+@pytest.fixture(scope="module")
+def same(demo):
+    return shapes.pairs(demo, "same", 24, seed=0)
+
+
+@pytest.fixture(scope="module")
+def found(demo, same):
+    return mm.neuron_attribution(demo, same, span="last", n_random=4)
+
+
+def metric_of(model, batch):
+    logits = last_logits(model, batch.clean)
+    return mm.logit_diff(logits, batch.answers)
+
+
+def by_hand(model, batch, layer, places):
+    """Activation times slope of every neuron of a layer, summed over places [neuron]."""
+    kept = {}
+
+    def keep(value, hook):
+        kept["value"] = value if value.requires_grad else value.detach().requires_grad_()
+        kept["value"].retain_grad()
+        return kept["value"]
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(f"blocks.{layer}.mlp.hook_post", keep)]):
+        metric_of(model, batch).sum().backward()
+    return (kept["value"] * kept["value"].grad)[0, places].sum(0).detach()
+
+
+def zeroed(places, numbers):
+    def zero(value, hook):
+        value = value.clone()
+        for number in numbers:
+            value[0, places, number] = 0
+        return value
+
+    return zero
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+def test_it_is_what_hooks_by_hand_give(family):
+    model, pairs = tiny_pairs(family, 4)
+    found = mm.neuron_attribution(model, pairs, top=6, n_random=1)
+    for number in range(4):
+        batch = pairs.batch([number])
+        places = torch.tensor(batch.clean.layout.positions("image", 0))
+        for layer, own in found.neurons.groupby("layer"):
+            expected = by_hand(model, batch, layer, places)
+            columns = torch.tensor(own.index.tolist())
+            torch.testing.assert_close(
+                found.scores[number, columns], expected, rtol=1e-3, atol=1e-5
+            )
+        for columns, value in ((found.top, found.ablated), (found.random[0], found.nulls[0])):
+            chosen = found.neurons.iloc[list(columns)].groupby("layer")["neuron"]
+            hooks = [
+                (f"blocks.{layer}.mlp.hook_post", zeroed(places, own)) for layer, own in chosen
+            ]
+            with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+                expected = metric_of(model, batch)[0]
+            torch.testing.assert_close(value[number], expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+@pytest.mark.parametrize("reference", ["zero", "corrupt"])
+def test_scores_are_those_of_attribute(tower, reference):
+    model, pairs = tiny_pairs("llava", 4)
+    found = mm.neuron_attribution(
+        model, pairs, tower=tower, method="ig", reference=reference, steps=2, top=2, n_random=1
+    )
+    other = mm.attribute(
+        model,
+        pairs,
+        spans=["image"],
+        granularity="neuron",
+        method="eap-ig-activations",
+        steps=2,
+        target=reference,
+    )
+    table = other.graph.table(np.arange(len(other.graph)))
+    here = (table["tower"] == tower) & (table["kind"] == "mlp") & (table["span"] == "image")
+    own = table[here]
+    assert own[["layer", "neuron"]].to_numpy().tolist() == found.neurons.to_numpy().tolist()
+    torch.testing.assert_close(found.scores, other.scores[:, torch.tensor(here.tolist())])
+
+
+def test_the_best_neurons_carry_the_answer_and_random_ones_do_not(found):
+    table = found.effects().set_index("neurons")
+    assert table.loc["top", "high"] < -1
+    assert table.loc["random 1":, "change"].abs().max() < 0.3
+    layers = found.neurons["layer"].to_numpy()
+    for draw in found.random:
+        assert sorted(layers[list(draw)]) == sorted(layers[list(found.top)])
+        assert not set(draw) & set(found.top)
+
+
+def test_the_effect_is_read_on_pairs_that_chose_nothing(found):
+    best = found.scores[found.train].mean(0).argsort(descending=True)[:20]
+    assert best.tolist() == list(found.top)
+    change = (found.ablated - found.base)[~found.train].mean()
+    assert found.effects()["change"][0] == pytest.approx(float(change))
+    assert found.to_dataframe()["score"].mean() > 0
+
+
+def test_words_are_the_largest_direct_logits(demo, found):
+    row = found.to_dataframe().iloc[0]
+    tower = demo.towers["language"]
+    logits = tower.weight("W_out", int(row.layer))[row.neuron] @ tower.W_U
+    top = demo.to_string(logits.topk(5).indices[:, None])
+    assert row.words == " ".join(word.strip() for word in top)
+
+
+def test_mean_ablation_keeps_more_than_nothing_to_ablate(demo, same):
+    """A neuron whose activation is its mean everywhere changes nothing: one pair, twice."""
+    alone = mm.PairDataset([same[0]] * 4, demo)
+    options = {"span": "last", "top": 3, "n_random": 1}
+    kept = mm.neuron_attribution(demo, alone, ablation="mean", **options)
+    lost = mm.neuron_attribution(demo, alone, ablation="zero", **options)
+    torch.testing.assert_close(kept.ablated, kept.base, rtol=1e-4, atol=1e-4)
+    assert (lost.base - lost.ablated).min() > 0.05
+
+
+@pytest.mark.parametrize("tower", ["language", "vision"])
+def test_places_are_the_largest_activations(demo, same, tower):
+    found = mm.neuron_attribution(demo, same[:6], tower=tower, top=3, n_random=1, n_places=4)
+    prefix = "" if tower == "language" else "vision."
+    layer, neuron = found.neurons.iloc[found.top[0]]
+    own = found.places.query("layer == @layer and neuron == @neuron")
+    batch = same[:6].batch(range(6)).clean
+    hook = f"{prefix}blocks.{layer}.mlp.hook_post"
+    _, cache = demo.run_with_cache(batch, names_filter=hook)
+    values = cache[hook][..., int(neuron)]
+    if tower == "language":
+        values = torch.stack(
+            [values[i, list(batch.layout.positions("image", i))] for i in range(6)]
+        )
+    else:
+        values = values[:, 1:]  # the class token stands for no patch
+    expected = values.flatten().topk(4).values
+    assert own["activation"].tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    row = own.iloc[0]
+    picture = found.pictures[int(row["picture"])]
+    assert 0 <= row["left"] < row["right"] <= picture.width
+    assert found.sheet(0).width > found.sheet(0).height
+    with pytest.raises(ValueError, match="rank is 3"):
+        found.sheet(3)
+
+
+def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
+    assert Result.load(found.save(tmp_path / "found")).equals(found)
+    figures = found.plot()
+    assert list(figures["ablation"].data[0].x) == pytest.approx(found.effects()["change"].tolist())
+    assert list(figures["neurons"].data[0].x) == pytest.approx(found.to_dataframe()["score"])
+    assert "20 best of 12 pairs" in found.summary()
+    found.page("Neurons")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tower": "audio"}, "unknown tower"),
+        ({"method": "eap"}, "unknown method"),
+        ({"reference": "none"}, "unknown reference"),
+        ({"ablation": "noise"}, "unknown ablation"),
+        ({"top": 0}, "top is 0"),
+        ({"top": 10**6}, "ask for fewer"),
+        ({"n_random": 0}, "n_random is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"train": 1.0}, "to report on"),
+        ({"metric": mm.flipped}, "gradient"),
+    ],
+)
+def test_bad_input_is_refused(demo, same, options, message):
+    with pytest.raises(ValueError, match=message):
+        mm.neuron_attribution(demo, same, **options)
+
+
+def test_a_span_that_is_not_there_is_refused(demo, same):
+    with pytest.raises(SpanError, match="nowhere"):
+        mm.neuron_attribution(demo, same, span="nowhere")
+    with pytest.raises(SpanError, match="vision tower"):
+        mm.neuron_attribution(demo, same, span="last", tower="vision")

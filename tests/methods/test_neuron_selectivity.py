@@ -1,0 +1,130 @@
+"""Firing rates and entropies are those counted by hand; shuffled groups leave nothing selective."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import mechmm as mm
+from mechmm.data import shapes
+from mechmm.methods.neuron_selectivity import entropies
+from mechmm.model.layout import SpanError
+from mechmm.results.result import Result
+from mechmm.testing import tiny_pairs
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
+
+
+@pytest.fixture(scope="module")
+def same(demo):
+    return shapes.pairs(demo, "same", 12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def found(demo, same):
+    return mm.neuron_selectivity(demo, same, n_shuffled=8)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+def test_it_is_what_is_counted_by_hand(family):
+    model, pairs = tiny_pairs(family, 3)
+    found = mm.neuron_selectivity(model, pairs, threshold=0.01, batch_size=2)
+    for number in range(3):
+        batch = pairs.batch([number]).clean
+        names = [f"blocks.{layer}.mlp.hook_pre" for layer in range(model.cfg.n_layers)]
+        _, cache = model.run_with_cache(batch, names_filter=names)
+        value = torch.cat([cache[name][0] for name in names], dim=1)
+        for group, span in enumerate(("image", "text")):
+            places = list(batch.layout.positions(span, 0))
+            count = (value[places] > 0.01).sum(0).float()
+            assert torch.equal(found.fired[number, group], count)
+            assert found.positions[number, group] == len(places)
+    rates = found.fired.sum(0) / found.positions.sum(0)[:, None]
+    for neuron in range(5):
+        shares = (rates[:, neuron] / rates[:, neuron].sum()).tolist()
+        expected = -sum(p * math.log(p) for p in shares if p > 0)
+        own = found.entropy()[neuron].item()
+        assert math.isnan(own) if math.isnan(shares[0]) else own == pytest.approx(expected)
+
+
+def test_layers_with_experts_are_left_out():
+    """They have as many hidden units as experts let through, other ones at every position."""
+    model, pairs = tiny_pairs("qwen3_vl_moe", 4)
+    experts = [
+        layer
+        for layer in range(model.cfg.n_layers)
+        if not any(f"blocks.{layer}.mlp.hook_post" == name for name in model.hook_dict)
+    ]
+    assert experts
+    found = mm.neuron_selectivity(model, pairs, n_shuffled=2)
+    scored = mm.neuron_attribution(model, pairs, top=2, n_random=1)
+    for table in (found.neurons, scored.neurons):
+        assert not set(table["layer"]) & set(experts)
+        assert len(table)
+
+
+def test_entropy_of_known_rates():
+    rates = torch.tensor([[0.4, 0.4, 0.0, 0.0], [0.4, 0.0, 0.1, 0.0]])
+    found = entropies(rates)
+    torch.testing.assert_close(found[:3], torch.tensor([math.log(2), 0.0, 0.0]))
+    assert found[3].isnan()
+
+
+def test_neurons_of_the_demo_are_selective_and_shuffles_leave_none(found):
+    table = found.to_dataframe()
+    counts = table[table["selective"]]["group"].value_counts()
+    assert counts["image"] > 50
+    assert counts["text"] > 50
+    assert found.by_chance().max() < 0.1 * counts.sum()
+
+
+def test_overlapping_groups_are_refused(demo, same):
+    with pytest.raises(ValueError, match="two of the spans"):
+        mm.neuron_selectivity(demo, same, spans=("image", "all"))
+
+
+def test_a_shuffle_keeps_how_often_a_neuron_fires(demo, same):
+    """Entropies of shuffles are near those of equal rates where neurons fire often."""
+    found = mm.neuron_selectivity(demo, same, n_shuffled=4, layers=[2])
+    often = found.rates().amin(0) > 0.2
+    assert often.sum() > 20
+    assert found.null[:, often].min() > 0.97 * math.log(2)
+    assert set(found.neurons["layer"]) == {2}
+
+
+def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
+    assert Result.load(found.save(tmp_path / "found")).equals(found)
+    figures = found.plot()
+    chosen = found.to_dataframe().query("selective")["group"]
+    expected = [(chosen == span).sum() for span in ("image", "text")]
+    assert list(figures["selective"].data[0].x) == expected
+    groups = found.groups()
+    assert groups["share"].sum() * 352 == pytest.approx(sum(expected))
+    assert "2112 neurons" in found.summary()
+    found.page("Neurons")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spans": ("image",)}, "two or more"),
+        ({"spans": ("image", "image")}, "different"),
+        ({"n_shuffled": 1}, "2 or more"),
+        ({"layers": [9]}, "layers 0..5"),
+        ({"most": 0.0}, "most is"),
+        ({"most": 1.0}, "most is"),
+    ],
+)
+def test_bad_input_is_refused(demo, same, options, message):
+    with pytest.raises(ValueError, match=message):
+        mm.neuron_selectivity(demo, same, **options)
+
+
+def test_a_span_that_is_not_there_is_refused(demo, same):
+    with pytest.raises(SpanError, match="nowhere"):
+        mm.neuron_selectivity(demo, same, spans=("image", "nowhere"))
