@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mechmm.engine.units import graph
     from mechmm.methods.ablate_tokens import TokenAblation, ablate_tokens
     from mechmm.methods.acdc import Acdc, acdc
+    from mechmm.methods.attention_maps import AttentionMaps, attention_maps
     from mechmm.methods.attention_steering import attention_steering
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
@@ -73,6 +74,7 @@ _HOME = {
     "mechmm.engine.units": ("graph",),
     "mechmm.methods.ablate_tokens": ("TokenAblation", "ablate_tokens"),
     "mechmm.methods.acdc": ("Acdc", "acdc"),
+    "mechmm.methods.attention_maps": ("AttentionMaps", "attention_maps"),
     "mechmm.methods.attention_steering": ("attention_steering",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
@@ -121,6 +123,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "CKA",
     "Acdc",
+    "AttentionMaps",
     "Attribution",
     "Audit",
     "BackPatching",
@@ -168,6 +171,7 @@ __all__ = [
     "ablate_tokens",
     "accuracy",
     "acdc",
+    "attention_maps",
     "attention_steering",
     "attribute",
     "audit",
