@@ -163,6 +163,7 @@ def pruning_curve(
     check_pairs(pairs, "clean")
     check_limits(n_random=n_random, batch_size=batch_size)
     check_seed(seed)
+    Route.of("image->all", model)
     pruned = _Pruned(model, _later(model, layer), layer, shares, n_random, seed)
     kept = _kept(pairs, shares, batch_size)
     what = (model, pairs, pruned.count, pruned.changes, metric, batch_size, tokens)

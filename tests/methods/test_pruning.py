@@ -7,7 +7,7 @@ import torch
 
 import mechmm as mm
 from mechmm.data import shapes
-from mechmm.data.metrics import last_logits
+from mechmm.data.metrics import last_logits, score
 from mechmm.model.layout import SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
@@ -59,6 +59,35 @@ def test_cells_equal_keys_hidden_by_hand(family):
             assert float(values[0, number]) == pytest.approx(wanted, abs=3e-4)
         whole = [float(v[1, number]) for v in (found.most, found.least, found.random[:, 0])]
         assert whole == pytest.approx([float(found.base[number])] * 3, abs=1e-4)
+
+
+def test_answers_of_several_tokens_do_not_read_what_was_dropped(demo):
+    pairs = [
+        mm.Pair(p.clean, p.corrupt, f"{p.answer} circle", f"{p.foil} circle")
+        for p in shapes.color_pairs(demo, 1, seed=1)
+    ]
+    longer = mm.PairDataset(pairs, demo)
+    found = mm.pruning_curve(
+        demo, longer, layer=0, fractions=(0.02,), metric=mm.logit_diff, n_random=1
+    )
+    one = longer.batch([0])
+    image, last = one.clean.layout.positions("image"), int(one.clean.layout.last[0])
+    pattern = demo.run_with_cache(one.clean)[1]["blocks.0.attn.hook_pattern"]
+    best = max(image, key=lambda p: float(pattern[0, :, last, p].mean()))
+    dropped = torch.tensor([p for p in image if p != best])
+
+    def hide(scores, hook):
+        scores[:, :, last:, dropped] = -torch.inf
+        scores[:, :, best, dropped] = torch.finfo(scores.dtype).min
+        rest = torch.arange(max(image) + 1, last)
+        scores[:, :, rest[:, None], dropped] = -torch.inf
+        return scores
+
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", hide) for layer in range(1, 6)]
+    with torch.no_grad(), demo.hooks(fwd_hooks=hooks):
+        wanted = float(score(demo, one.clean, one.answers, mm.logit_diff))
+    assert int(found.kept[0, 0]) == 1
+    assert float(found.most[0, 0]) == pytest.approx(wanted, abs=3e-4)
 
 
 def test_dropping_more_never_reads_what_was_dropped(demo):
