@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from mechmm.engine.sweep import Sweep
     from mechmm.engine.train_sae import train_sae
     from mechmm.engine.units import graph
+    from mechmm.methods.ablate_tokens import TokenAblation, ablate_tokens
     from mechmm.methods.acdc import Acdc, acdc
+    from mechmm.methods.attention_maps import AttentionMaps, attention_maps
     from mechmm.methods.attention_steering import attention_steering
     from mechmm.methods.attribution import Attribution, attribute
     from mechmm.methods.back_patch import BackPatching, back_patch
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from mechmm.methods.neuron_selectivity import NeuronSelectivity, neuron_selectivity
     from mechmm.methods.patching import Patching, patch
     from mechmm.methods.probe import Probe, probe
+    from mechmm.methods.pruning import PruningCurve, pruning_curve
     from mechmm.methods.steering import steering
     from mechmm.methods.subspace_interchange import SubspaceInterchange, subspace_interchange
     from mechmm.methods.text_span import TextSpan, text_span
@@ -69,7 +72,9 @@ _HOME = {
     "mechmm.engine.sweep": ("Sweep",),
     "mechmm.engine.train_sae": ("train_sae",),
     "mechmm.engine.units": ("graph",),
+    "mechmm.methods.ablate_tokens": ("TokenAblation", "ablate_tokens"),
     "mechmm.methods.acdc": ("Acdc", "acdc"),
+    "mechmm.methods.attention_maps": ("AttentionMaps", "attention_maps"),
     "mechmm.methods.attention_steering": ("attention_steering",),
     "mechmm.methods.attribution": ("Attribution", "attribute"),
     "mechmm.methods.back_patch": ("BackPatching", "back_patch"),
@@ -95,6 +100,7 @@ _HOME = {
     "mechmm.methods.neuron_selectivity": ("NeuronSelectivity", "neuron_selectivity"),
     "mechmm.methods.patching": ("Patching", "patch"),
     "mechmm.methods.probe": ("Probe", "probe"),
+    "mechmm.methods.pruning": ("PruningCurve", "pruning_curve"),
     "mechmm.methods.steering": ("steering",),
     "mechmm.methods.subspace_interchange": ("SubspaceInterchange", "subspace_interchange"),
     "mechmm.methods.text_span": ("TextSpan", "text_span"),
@@ -117,6 +123,7 @@ _NAMES = {name: home for home, names in _HOME.items() for name in names}
 __all__ = [
     "CKA",
     "Acdc",
+    "AttentionMaps",
     "Attribution",
     "Audit",
     "BackPatching",
@@ -149,18 +156,22 @@ __all__ = [
     "Patching",
     "Probe",
     "Prompt",
+    "PruningCurve",
     "SparseAutoencoder",
     "Steer",
     "Steered",
     "SubspaceInterchange",
     "Sweep",
     "TextSpan",
+    "TokenAblation",
     "TokenLayout",
     "TunedLens",
     "Units",
     "Words",
+    "ablate_tokens",
     "accuracy",
     "acdc",
+    "attention_maps",
     "attention_steering",
     "attribute",
     "audit",
@@ -195,6 +206,7 @@ __all__ = [
     "patch",
     "prob",
     "probe",
+    "pruning_curve",
     "sites",
     "steering",
     "subspace_interchange",
