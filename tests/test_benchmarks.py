@@ -104,6 +104,7 @@ def test_peak_memory_is_exact(script):
     assert peak_bytes(side) == 4000
 
 
+@pytest.mark.slow
 def test_circuits(script, tmp_path, capsys):
     circuits, timing = script("circuits"), script("_timing")
     toy = circuits.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8, real=False)
@@ -135,6 +136,7 @@ def test_what_ran_elsewhere_takes_what_it_took_there(script):
     assert found == {"side": [12.0, 12.0]}
 
 
+@pytest.mark.slow
 def test_lens(script, tmp_path):
     lens, timing = script("lens"), script("_timing")
     toy = lens.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8, real=False)
