@@ -4,6 +4,8 @@ one of several processes (`pytest -n`) on one."""
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # notebooks and commands that tests start are alone, too
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from jaxtyping import install_import_hook
