@@ -18,5 +18,11 @@ def model():
 
 
 @pytest.fixture(scope="module")
+def demo():
+    """The demo model as it is shipped."""
+    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
+
+
+@pytest.fixture(scope="module")
 def pictures(model):
     return shapes.pairs(model, "color", 3, seed=1)

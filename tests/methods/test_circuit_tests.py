@@ -118,11 +118,6 @@ def test_tests_of_circuits_are_shown_and_saved(complete, minimal, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def forms(demo):
     return [shapes.pairs(demo, "color", 3, seed=3, form=f, spans="data") for f in ("image", "text")]
 

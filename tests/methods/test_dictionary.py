@@ -20,11 +20,6 @@ HOOK = "vision.blocks.2.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def train(demo):
     return shapes.color_pairs(demo, 24, seed=0)
 

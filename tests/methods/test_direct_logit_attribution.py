@@ -187,12 +187,6 @@ def test_what_heads_read_of_the_picture_by_hand():
 
 
 @pytest.fixture(scope="module")
-def demo():
-    torch.set_num_threads(1)
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def found(demo):
     pairs = shapes.pairs(demo, "where", 4, seed=3)
     return mm.direct_logit_attribution(demo, pairs, spans=("object", "image"), n_ablated=4)

@@ -44,12 +44,6 @@ def first_argument(*args, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def demo():
-    torch.set_num_threads(1)
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def found(demo):
     return mm.early_exit(demo, shapes.color_pairs(demo, 12, seed=3))
 

@@ -21,11 +21,6 @@ UNSEEN = corruption.on_images(corruption.blur, radius=10)
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def dim(demo):
     """Pictures that contradict expectation, hard to see."""
     blurred = corruption.on_images(corruption.blur, radius=2.5)

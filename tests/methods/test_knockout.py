@@ -17,12 +17,6 @@ from mechmm.results.result import Result, concat
 
 
 @pytest.fixture(scope="module")
-def demo():
-    torch.set_num_threads(1)
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def colors(demo):
     return shapes.color_pairs(demo, 4, seed=3)
 

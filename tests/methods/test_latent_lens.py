@@ -13,19 +13,6 @@ from mechmm.testing import tiny, tiny_hf, tiny_inputs
 FAMILIES = ["llava", "idefics2", "qwen3_vl", "blip-2", "mllama"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
 @pytest.fixture(scope="module")
 def texts(demo):
     return [pair.clean.text for pair in shapes.color_pairs(demo, 12, seed=11, form="text")]

@@ -41,19 +41,6 @@ QUICK = (
 SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in WRITERS if f not in QUICK]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
 @pytest.fixture(scope="module")
 def pairs(demo):
     return shapes.color_pairs(demo, 4, seed=3)

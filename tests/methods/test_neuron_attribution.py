@@ -15,11 +15,6 @@ from mechmm.testing import tiny_pairs
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def same(demo):
     return shapes.pairs(demo, "same", 24, seed=0)
 

@@ -16,11 +16,6 @@ from mechmm.testing import tiny_pairs
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def same(demo):
     return shapes.pairs(demo, "same", 12, seed=0)
 

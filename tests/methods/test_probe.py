@@ -23,11 +23,6 @@ QUICK = {"folds": 3, "n_permuted": 5, "n_random": 3}
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def pairs(demo):
     return shapes.color_pairs(demo, 30, seed=0)
 

@@ -12,13 +12,6 @@ from mechmm.model.layout import SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
-torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
 
 @pytest.fixture(scope="module")
 def found(demo):

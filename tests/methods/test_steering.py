@@ -19,11 +19,6 @@ from mechmm.testing import tiny_pairs
 
 
 @pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
-@pytest.fixture(scope="module")
 def colors(demo):
     return shapes.color_pairs(demo, 40, seed=2)
 

@@ -14,19 +14,6 @@ from mechmm.testing import tiny, tiny_hf, tiny_inputs
 FAMILIES = ["llava", "gemma3", "cohere2_vision", "mllama", "florence2"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def demo():
-    return mm.HookedMultimodal.from_pretrained("mechmm/demo")
-
-
 @pytest.fixture(scope="module")
 def pairs(demo):
     return shapes.color_pairs(demo, 6, seed=5)
