@@ -9,7 +9,8 @@ positions says that the model uses what was observed there.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -18,12 +19,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechmm.data.marked import MarkedPairs
-from mechmm.data.metrics import Metric
+from mechmm.data.metrics import Metric, name_of
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.lensed import candidates
 from mechmm.engine.sites import COLUMNS, table_of
-from mechmm.engine.source import Source
+from mechmm.engine.source import Source, source_name
 from mechmm.engine.sweep import Report, Sweep
 from mechmm.model.hooked import HookedMultimodal
+from mechmm.results.observed import POSITION, Observed
+
+Seen = TypeVar("Seen", bound=Observed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +49,7 @@ class Ablated:
 def strongest(
     evidence: Float[Tensor, "state example place"],
     positions: Int[Tensor, "example place"],
-    candidates: Tensor,
+    allowed: Tensor,
     n: int,
 ) -> Int[Tensor, "state example n"]:
     """The positions with the largest evidence, -1 where there are fewer than n.
@@ -52,13 +57,47 @@ def strongest(
     Args:
         evidence: NaN where a state has none.
         positions: of every place.
-        candidates: which places may be chosen [example, place].
+        allowed: which places may be chosen [example, place].
     """
-    known = candidates & ~evidence.isnan()
+    known = allowed & ~evidence.isnan()
     size = min(n, evidence.shape[-1])
     best = evidence.masked_fill(~known, -torch.inf).topk(size, dim=-1).indices
     chosen = positions.expand_as(known).gather(-1, best)
     return chosen.masked_fill(~known.gather(-1, best), -1)
+
+
+def with_ablation(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    seen: Seen,
+    evidence: Float[Tensor, "state example place"],
+    n: int,
+    *,
+    source: Source,
+    metric: Metric,
+    **options: Any,
+) -> Seen:
+    """An observation with what ablating the positions of largest evidence does.
+
+    Args:
+        n: positions that are ablated together.
+        options: of `ablated`.
+    """
+    allowed = candidates(seen.where, dict(zip(seen.spans, seen.inside, strict=True)))
+    positions = seen.where[..., POSITION]
+    held = strongest(evidence, positions, allowed, n)
+    others = [own[mask].tolist() for own, mask in zip(positions, allowed, strict=True)]
+    options |= {"source": source, "metric": metric}
+    found = ablated(model, pairs, seen.states, held, others, **options)
+    return replace(
+        seen,
+        clean=found.clean,
+        held=held,
+        held_values=found.held,
+        random_values=found.random,
+        ablation=source_name(source),
+        metric=name_of(metric),
+    )
 
 
 def ablated(

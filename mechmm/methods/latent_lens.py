@@ -21,7 +21,7 @@ LatentLens: 2602.00462.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,12 +31,11 @@ from jaxtyping import Bool, Float, Int
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, logit_diff, name_of
+from mechmm.data.metrics import Metric, logit_diff
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.ablated import ablated, strongest
+from mechmm.engine.ablated import with_ablation
 from mechmm.engine.lensed import (
     Chosen,
-    candidates,
     chosen,
     first_picture,
     joined,
@@ -46,7 +45,7 @@ from mechmm.engine.lensed import (
     widened_tokens,
 )
 from mechmm.engine.readout import nearest
-from mechmm.engine.source import Source, source_name
+from mechmm.engine.source import Source
 from mechmm.engine.streams import read_states, states
 from mechmm.engine.sweep import Report
 from mechmm.model.batch import Batch
@@ -215,14 +214,7 @@ class LatentLens(Observed):
         """Figures by name: `cosines` (beside random vectors and other layers), `picture` (the first
         example's patches, with a slider), `spans` and `ablation`, as far as there is something to
         show."""
-        figures = {"cosines": self._cosines()}
-        if self.picture is not None and len(self._cells(0)):
-            figures["picture"] = self.picture_figure()
-        if self._spanned():
-            figures["spans"] = self.span_figure()
-        if self.clean is not None:
-            figures["ablation"] = self.ablation_figure()
-        return figures
+        return {"cosines": self._cosines(), **self.shared_figures()}
 
     def _cosines(self) -> Figure:
         table = self.null_table()[::-1]
@@ -252,16 +244,8 @@ class LatentLens(Observed):
             f"highest at {table['label'][best]}: {table['cosine'][best]:.2f}; of random vectors "
             f"{table['random'][best]:.2f}, of states of other layers {table['shuffled'][best]:.2f}."
         )
-        if self.clean is None:
-            return f"{text} Nothing was ablated, so this is observation alone: give pairs for that."
-        drops = self.drops()
-        worst = drops["drop"].idxmax()
-        return (
-            f"{text} With the positions ablated ({self.ablation}) that are most like the answer's "
-            f"word, {self.metric} falls most at {self.states['label'][worst]}: by "
-            f"{drops['drop'][worst]:.2f}; with as many random ones, by "
-            f"{drops['drop_null_low'][worst]:.2f} to {drops['drop_null_high'][worst]:.2f}."
-        )
+        where = f"With the positions ablated ({self.ablation}) that are most like the answer's word"
+        return f"{text} {self.ablation_summary(where)}"
 
 
 def latent_bank(
@@ -392,22 +376,9 @@ def latent_lens(
     if pair is None or ablation is None:
         return result
     assert isinstance(prompts, PairDataset)
-    allowed = candidates(result.where, dict(zip(result.spans, result.inside, strict=True)))
-    where = result.where[..., POSITION]
-    held = strongest(result.own[..., 0], where, allowed, n_held)
-    others = [own[mask].tolist() for own, mask in zip(where, allowed, strict=True)]
     options = {"n_random": n_random, "seed": seed, "batch_size": batch_size, "tokens": tokens}
     options |= {"metric": metric, "source": ablation, "report": report}
-    tried = ablated(model, prompts, result.states, held, others, **options)
-    return replace(
-        result,
-        clean=tried.clean,
-        held=held,
-        held_values=tried.held,
-        random_values=tried.random,
-        ablation=source_name(ablation),
-        metric=name_of(metric),
-    )
+    return with_ablation(model, prompts, result, result.own[..., 0], n_held, **options)
 
 
 def _refuse_encoders(model: HookedMultimodal) -> None:

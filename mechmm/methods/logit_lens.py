@@ -23,7 +23,7 @@ nostalgebraist 2020, "interpreting GPT: the logit lens"; on image tokens: Neo et
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,14 +33,13 @@ from jaxtyping import Bool, Float, Int
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.data.metrics import Metric, logit_diff, name_of
+from mechmm.data.metrics import Metric, logit_diff
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.ablated import ablated, strongest
+from mechmm.engine.ablated import with_ablation
 from mechmm.engine.checks import check_limits
 from mechmm.engine.head import Head, head_for
 from mechmm.engine.lensed import (
     Chosen,
-    candidates,
     chosen,
     first_picture,
     joined,
@@ -50,7 +49,7 @@ from mechmm.engine.lensed import (
     widened_tokens,
 )
 from mechmm.engine.readout import read_out
-from mechmm.engine.source import Source, source_name
+from mechmm.engine.source import Source
 from mechmm.engine.streams import read_layout, read_states, states
 from mechmm.engine.sweep import Report
 from mechmm.model.batch import Batch
@@ -227,13 +226,7 @@ class LogitLens(Observed):
         figures = {}
         if self._text_places(example):
             figures["tokens"] = self.token_figure(example)
-        if self.picture is not None and len(self._cells(0)):
-            figures["picture"] = self.picture_figure()
-        if self._spanned():
-            figures["spans"] = self.span_figure()
-        if self.clean is not None:
-            figures["ablation"] = self.ablation_figure()
-        return figures
+        return figures | self.shared_figures()
 
     def token_figure(self, example: int = 0) -> Figure:
         """The likeliest word of every state of the language model, at the text of an example.
@@ -278,17 +271,8 @@ class LogitLens(Observed):
             f"{self.lens} at {len(self.states)} states of {len(self.where)} prompts; {chosen}. "
             "A word that can be read is not thereby used."
         )
-        if self.clean is None:
-            return f"{text} Nothing was ablated, so this is observation alone: give pairs for that."
-        drops = self.drops()
-        best = drops["drop"].idxmax()
-        return (
-            f"{text} With the positions ablated ({self.ablation}) where the answer is read best, "
-            f"{self.metric} falls most at {self.states['label'][best]}: by "
-            f"{drops['drop'][best]:.2f}; with as many random ones, by "
-            f"{drops['drop_null_low'][best]:.2f} to "
-            f"{drops['drop_null_high'][best]:.2f}."
-        )
+        where = f"With the positions ablated ({self.ablation}) where the answer is read best"
+        return f"{text} {self.ablation_summary(where)}"
 
 
 def _median(ranks: Tensor, inside: Tensor) -> np.ndarray:
@@ -396,7 +380,8 @@ def logit_lens(
     assert isinstance(prompts, PairDataset)
     options = {"metric": metric, "source": ablation, "n_random": n_random, "seed": seed}
     options |= {"batch_size": batch_size, "tokens": tokens, "report": report}
-    return _with_ablation(model, prompts, result, n_held, options)
+    best = result.log_probs()[..., 0]
+    return with_ablation(model, prompts, result, best, n_held, **options)
 
 
 def _tuned_towers(towers: Sequence[str] | None) -> Sequence[str]:
@@ -529,24 +514,3 @@ def _texts(model: HookedMultimodal, ids: Tensor) -> tuple[tuple[int, str], ...]:
     if not len(there):
         return ()
     return tuple(zip(there.tolist(), model.token_texts(there[None])[0], strict=True))
-
-
-def _with_ablation(
-    model: HookedMultimodal, pairs: PairDataset, result: LogitLens, n: int, options: dict
-) -> LogitLens:
-    """The result with what ablating the positions does where the answer is likeliest."""
-    spans = dict(zip(result.spans, result.inside, strict=True))
-    allowed = candidates(result.where, spans)
-    positions = result.where[..., POSITION]
-    held = strongest(result.log_probs()[..., 0], positions, allowed, n)
-    others = [own[mask].tolist() for own, mask in zip(positions, allowed, strict=True)]
-    found = ablated(model, pairs, result.states, held, others, **options)
-    return replace(
-        result,
-        clean=found.clean,
-        held=held,
-        held_values=found.held,
-        random_values=found.random,
-        ablation=source_name(options["source"]),
-        metric=name_of(options["metric"]),
-    )

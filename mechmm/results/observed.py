@@ -165,6 +165,33 @@ class Observed(Result):
 
     # Figures ---------------------------------------------------------------------------------
 
+    def shared_figures(self) -> dict[str, Figure]:
+        """`picture`, `spans` and `ablation`, as far as there is something to show."""
+        figures = {}
+        if self.picture is not None and len(self._cells(0)):
+            figures["picture"] = self.picture_figure()
+        if self._spanned():
+            figures["spans"] = self.span_figure()
+        if self.clean is not None:
+            figures["ablation"] = self.ablation_figure()
+        return figures
+
+    def ablation_summary(self, where: str) -> str:
+        """What ablating did, in words.
+
+        Args:
+            where: `"With the positions ablated (...) where the answer is read best"`.
+        """
+        if self.clean is None:
+            return "Nothing was ablated, so this is observation alone: give pairs for that."
+        drops = self.drops()
+        worst = drops["drop"].idxmax()
+        low, high = drops["drop_null_low"][worst], drops["drop_null_high"][worst]
+        return (
+            f"{where}, {self.metric} falls most at {self.states['label'][worst]}: by "
+            f"{drops['drop'][worst]:.2f}; with as many random ones, by {low:.2f} to {high:.2f}."
+        )
+
     def span_figure(self) -> Figure:
         """Layers by spans, each beside the corrupt prompt and random positions, and beside what
         ablation takes; a tower each."""
