@@ -47,7 +47,7 @@ from mechmm.model.layout import SpanError
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import beside_draws
 
 N_RANDOM = 5
 """Random sets of tokens beside every span."""
@@ -82,18 +82,8 @@ class TokenAblation(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per span: mean number of tokens, the mean metric and its 95 % interval over
         examples, and the mean, smallest and largest mean of the random draws."""
-        low, high = bootstrap_interval(self.values)
-        draws = self.random.mean(-1)
-        return self.cells.assign(
-            tokens=self.tokens.float().mean(1).numpy(),
-            value=self.values.mean(1).numpy(),
-            low=low.numpy(),
-            high=high.numpy(),
-            random_mean=draws.mean(1).numpy(),
-            random_low=draws.amin(1).numpy(),
-            random_high=draws.amax(1).numpy(),
-            base=float(self.base.mean()),
-        )
+        table = self.cells.assign(tokens=self.tokens.float().mean(1).numpy())
+        return table.assign(**beside_draws(self.values, self.random, self.base))
 
     def plot(self) -> dict[str, Figure]:
         """Every span as a bar, and its random draws as the bar below it (its interval: the

@@ -23,7 +23,7 @@ import pandas as pd
 from mechmm.data.metrics import Metric, flipped, name_of
 from mechmm.data.pairs import PairDataset
 from mechmm.engine.cells import Cells
-from mechmm.engine.checks import check_seed
+from mechmm.engine.checks import check_limits, check_seed
 from mechmm.engine.raised import Raised
 from mechmm.engine.sweep import Report
 from mechmm.model.hooked import HookedMultimodal
@@ -67,8 +67,7 @@ def attention_steering(
     check_seed(seed)
     if not len(scales) or min(scales) <= 0 or not np.isfinite(scales).all():
         raise ValueError(f"scales are {list(scales)}; give numbers above 0 (0 is mm.knockout)")
-    if n_random < 1:
-        raise ValueError(f"n_random is {n_random}; give one random source or more")
+    check_limits(n_random=n_random)
     raised = Raised(model, route, layers, scales, n_random, seed)
     raised.check(pairs, batch_size)
     cells = Cells(model, pairs, raised.count, raised.changes, metric, batch_size, tokens)

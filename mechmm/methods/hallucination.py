@@ -37,6 +37,7 @@ from mechmm.data.contrast import check_strength, contrasted
 from mechmm.data.corruption import Corruption, corrupt
 from mechmm.data.metrics import Answers, accuracy, flipped, last_logits
 from mechmm.data.pairs import PairBatch, PairDataset, Prompt
+from mechmm.engine.attending import attending
 from mechmm.engine.cells import Cells
 from mechmm.engine.raised import Raised
 from mechmm.engine.routes import has_attention
@@ -241,11 +242,13 @@ def _batch(
     strength: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
     """What is said in three ways [way, example], and the signals [signal, example]."""
-    p, weights = _attending(model, batch.clean, spans)
+    p, weights = attending(model, batch.clean, has_attention(model, LANGUAGE, None))
+    masks = torch.stack([batch.clean.layout.mask(span) for span in spans]).to(weights.device)
     q, r = (last_logits(model, prompts) for prompts in (batch.corrupt, other))
     ways = (p, contrasted(p, q, *strength), contrasted(p, r, *strength))
     said = torch.stack([outcome(logits, batch.answers) for logits in ways])
-    return said.round().long().cpu(), torch.cat([_doubts(p, q), -weights]).float().cpu()
+    looks = (weights.mean(0) * masks).sum(-1)
+    return said.round().long().cpu(), torch.cat([_doubts(p, q), -looks]).float().cpu()
 
 
 def _doubts(p: Float[Tensor, "batch vocab"], q: Tensor) -> Float[Tensor, "signal batch"]:
@@ -255,25 +258,6 @@ def _doubts(p: Float[Tensor, "batch vocab"], q: Tensor) -> Float[Tensor, "signal
     entropy = -(ours.exp() * ours).sum(-1)
     blindness = -(ours.exp() * (ours - theirs)).sum(-1)
     return torch.stack([1 - first, entropy, second - first, blindness])
-
-
-def _attending(
-    model: HookedMultimodal, batch: Batch, spans: Sequence[str]
-) -> tuple[Float[Tensor, "batch vocab"], Float[Tensor, "span batch"]]:
-    """Logits, and the weight from the last position to every span, mean over heads and layers."""
-    rows, last = torch.arange(len(batch)), batch.layout.last
-    found: list[Tensor] = []
-
-    def catch(pattern: Tensor, hook: Any) -> None:
-        found.append(pattern[rows, :, last].mean(1))
-
-    layers = has_attention(model, LANGUAGE, None)
-    hooks = [(f"blocks.{layer}.attn.hook_pattern", catch) for layer in layers]
-    with model.hooks(fwd_hooks=hooks):  # type: ignore[arg-type]
-        logits = last_logits(model, batch)
-    weight = torch.stack(found).mean(0).float()
-    masks = [batch.layout.mask(span).to(weight.device) for span in spans]
-    return logits, torch.stack([(weight * mask).sum(-1) for mask in masks])
 
 
 def _resampled(wrong: np.ndarray, rng: np.random.Generator) -> np.ndarray:

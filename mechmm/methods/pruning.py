@@ -26,10 +26,10 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric, Reading, accuracy, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.attending import attending
 from mechmm.engine.cells import Cells
 from mechmm.engine.checks import check_limits, check_pairs, check_seed
 from mechmm.engine.places import Places, Values
-from mechmm.engine.record import values
 from mechmm.engine.routes import (
     FORWARD,
     Blocked,
@@ -228,7 +228,8 @@ class _Pruned:
         """What all cells hide in one reading of a batch."""
         hidden: dict[tuple[int, int], Hidden] = {}
         route = Route.of("image->all", self.model)
-        attended = self._attended(batch)
+        _, weights = attending(self.model, batch.clean, [self.layer])
+        attended = weights[0].cpu().numpy()
         for prompt, pair in enumerate(batch.indices):
             for cell, dropped in enumerate(self._dropped(batch, attended[prompt], prompt, pair)):
                 own = self._hidden(batch, dropped, prompt)
@@ -237,12 +238,6 @@ class _Pruned:
         cells = [(cell, hooks) for cell in range(self.count)]
         blocked = Blocked(hidden, cells, ["dropped image tokens"] * self.count)
         return blocked.changes(len(batch), self.model.device)
-
-    def _attended(self, batch: PairBatch) -> Float[np.ndarray, "prompt position"]:
-        """How much the last position attends to every position, the mean over heads."""
-        hook = f"{self.model.towers[LANGUAGE].prefix}blocks.{self.layer}.attn.hook_pattern"
-        pattern = values(self.model, batch.clean, [hook])[hook].float().mean(1).cpu()
-        return pattern[torch.arange(len(batch)), batch.clean.layout.last].numpy()
 
     def _dropped(
         self, batch: PairBatch, attended: np.ndarray, prompt: int, pair: int

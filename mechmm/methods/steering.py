@@ -27,7 +27,7 @@ from torch import Tensor
 from mechmm.data.metrics import Metric, Reading, flipped, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.cells import Cells, concatenated
-from mechmm.engine.checks import check_seed, check_sites
+from mechmm.engine.checks import check_limits, check_seed, check_sites
 from mechmm.engine.located import located
 from mechmm.engine.places import Ints, Places, Values
 from mechmm.engine.sites import Sites
@@ -75,7 +75,8 @@ def steering(
     """
     check_seed(seed)
     check_sites(model, sites)
-    _check(sites, scales, n_random)
+    check_limits(n_random=n_random)
+    _check(sites, scales)
     rng = np.random.default_rng(seed)
     chosen = _split(len(pairs), train, rng)
     fit, rest = (pairs[np.flatnonzero(keep)] for keep in (chosen, ~chosen))
@@ -100,11 +101,9 @@ def steering(
     )
 
 
-def _check(sites: Sites, scales: Sequence[float], n_random: int) -> None:
+def _check(sites: Sites, scales: Sequence[float]) -> None:
     if not len(scales) or not np.isfinite(scales).all():
         raise ValueError(f"scales are {list(scales)}; give one number or more")
-    if n_random < 1:
-        raise ValueError(f"n_random is {n_random}; give one random direction or more")
     parts = sites.table[["head", "neuron"]].notna().any(axis=1)
     if parts.any():
         label = sites.labels()[int(parts.to_numpy().argmax())]

@@ -66,6 +66,27 @@ def bootstrap_interval(
     )
 
 
+def beside_draws(
+    values: Float[Tensor, "cell example"],
+    random: Float[Tensor, "cell draw example"],
+    base: Float[Tensor, " example"],
+) -> dict[str, float | np.ndarray]:
+    """Columns of a table of cells: the mean (`value`) and its 95 % interval over examples (`low`,
+    `high`), the mean, smallest and largest mean of random draws (`random_mean`, `random_low`,
+    `random_high`), and the mean without any (`base`)."""
+    low, high = bootstrap_interval(values)
+    draws = random.mean(-1)
+    return {
+        "value": values.mean(1).numpy(),
+        "low": low.numpy(),
+        "high": high.numpy(),
+        "random_mean": draws.mean(1).numpy(),
+        "random_low": draws.amin(1).numpy(),
+        "random_high": draws.amax(1).numpy(),
+        "base": float(base.mean()),
+    }
+
+
 def _as_float(values: Tensor) -> Tensor:
     """At least float32: means of half-precision numbers would be too coarse."""
     return values.detach().to(torch.promote_types(values.dtype, torch.float32))

@@ -14,7 +14,7 @@ from torch import Tensor
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import beside_draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +38,7 @@ class Steered(Result):
     def to_dataframe(self) -> pd.DataFrame:
         """One row per cell: the mean metric and its 95 % interval over examples, and the mean,
         smallest and largest mean of the random pushes."""
-        low, high = bootstrap_interval(self.values)
-        draws = self.random.mean(-1)
-        return self.cells.assign(
-            value=self.values.mean(1).numpy(),
-            low=low.numpy(),
-            high=high.numpy(),
-            random_mean=draws.mean(1).numpy(),
-            random_low=draws.amin(1).numpy(),
-            random_high=draws.amax(1).numpy(),
-            base=float(self.base.mean()),
-        )
+        return self.cells.assign(**beside_draws(self.values, self.random, self.base))
 
     def plot(self) -> dict[str, Figure]:
         """Every cell as a bar, over the range of the random pushes."""
