@@ -8,17 +8,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 
-def chosen_on(count: int, share: float, seed: int) -> Bool[Tensor, " example"]:
+def chosen_on(count: int, share: float, seed: int, least: int = 2) -> Bool[Tensor, " example"]:
     """A random part of the pairs to choose on.
 
     Raises:
-        ValueError: a share that leaves fewer than two on either side.
+        ValueError: a share that leaves fewer than `least` on either side.
     """
     size = round(share * count)
-    if not 2 <= size <= count - 2:
+    if not least <= size <= count - least:
         raise ValueError(
             f"train={share} leaves {size} of {count} pairs to choose on and {count - size} to "
-            "report on; both need at least 2"
+            f"report on; both need at least {least}"
         )
     train = torch.zeros(count, dtype=torch.bool)
     train[torch.as_tensor(np.random.default_rng(seed).permutation(count)[:size])] = True

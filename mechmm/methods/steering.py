@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mechmm.data.metrics import Metric, Reading, flipped, name_of
@@ -31,6 +31,7 @@ from mechmm.engine.checks import check_limits, check_seed, check_sites
 from mechmm.engine.located import located
 from mechmm.engine.places import Ints, Places, Values
 from mechmm.engine.sites import Sites
+from mechmm.engine.split import chosen_on
 from mechmm.engine.states import means
 from mechmm.engine.sweep import Report
 from mechmm.model.hooked import HookedMultimodal
@@ -77,9 +78,9 @@ def steering(
     check_sites(model, sites)
     check_limits(n_random=n_random)
     _check(sites, scales)
-    rng = np.random.default_rng(seed)
-    chosen = _split(len(pairs), train, rng)
-    fit, rest = (pairs[np.flatnonzero(keep)] for keep in (chosen, ~chosen))
+    chosen = chosen_on(len(pairs), train, seed, least=1)
+    fit, rest = (pairs[keep] for keep in (chosen, ~chosen))
+    rng = np.random.default_rng([seed, 1])
     vectors = _directions(model, fit, rest, sites, batch_size)
     every = [(site, scale) for site in range(len(sites)) for scale in scales]
     cells = [_Cell(site, scale * vectors[site]) for site, scale in every]
@@ -108,19 +109,6 @@ def _check(sites: Sites, scales: Sequence[float]) -> None:
     if parts.any():
         label = sites.labels()[int(parts.to_numpy().argmax())]
         raise ValueError(f"{label} is a part of a component; steer residual streams")
-
-
-def _split(count: int, share: float, rng: np.random.Generator) -> Bool[np.ndarray, " example"]:
-    """A random part of the pairs to make directions from."""
-    size = round(share * count)
-    if not 0 < size < count:
-        raise ValueError(
-            f"train={share} leaves {size} of {count} pairs for the directions and {count - size} "
-            "to steer; both need at least one"
-        )
-    chosen = np.zeros(count, dtype=bool)
-    chosen[rng.permutation(count)[:size]] = True
-    return chosen
 
 
 def _directions(
