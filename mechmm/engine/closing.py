@@ -9,11 +9,9 @@ import pandas as pd
 
 from mechmm.data.metrics import Reading
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.decoys import decoy
-from mechmm.engine.located import Located
+from mechmm.engine.decoys import with_decoys
 from mechmm.engine.places import Places, Values
 from mechmm.engine.routes import (
-    FORWARD,
     Blocked,
     Hidden,
     Route,
@@ -83,17 +81,13 @@ class Closing:
 
     def _hidden(self, batch: PairBatch) -> tuple[dict[tuple[int, int], Hidden], dict[int, str]]:
         """What every route and every random one hides from every prompt, and kinds of null."""
-        finder, causal = Located(batch.clean.layout), self.model.family.resume in FORWARD
         found, kinds = {}, {}
         for number, route in enumerate(self.routes):
-            for prompt, pair in enumerate(batch.indices):
-                own = found[number, prompt] = route.hidden(finder, prompt)
-                for draw in range(1, 1 + self.n_null):
-                    rng = np.random.default_rng([self.seed, number, draw, pair])
-                    other, kind = decoy(route, own, finder, prompt, causal, rng)
-                    found[draw * len(self.routes) + number, prompt] = other
-                    if own.count:
-                        kinds.setdefault(number, kind)
+            each = with_decoys(self.model, route, batch, self.n_null, (self.seed, number))
+            for (draw, prompt), (hidden, kind) in each.items():
+                found[draw * len(self.routes) + number, prompt] = hidden
+                if draw and each[0, prompt][0].count:
+                    kinds.setdefault(number, kind)
         return found, kinds
 
     def checked(self, pairs: PairDataset, batch_size: int) -> tuple[dict[int, str], list[float]]:

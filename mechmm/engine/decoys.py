@@ -11,12 +11,30 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool
 
+from mechmm.data.pairs import PairBatch
 from mechmm.engine.located import Located, tower_rows
-from mechmm.engine.routes import Hidden, Route, seen_by
+from mechmm.engine.routes import FORWARD, Hidden, Route, seen_by
 from mechmm.engine.sites import READING
+from mechmm.model.hooked import HookedMultimodal
 
 Seen = dict[int, Bool[np.ndarray, "query key"]]
 """By row of the tower: which positions every position sees."""
+
+
+def with_decoys(
+    model: HookedMultimodal, route: Route, batch: PairBatch, n: int, seed: tuple[int, ...]
+) -> dict[tuple[int, int], tuple[Hidden, str]]:
+    """By draw (0: the route's own) and prompt: what a route hides, and what random ones like it do,
+    with their kind ("" of its own). Draws of a pair do not depend on the batch it is in."""
+    finder, causal = Located(batch.clean.layout), model.family.resume in FORWARD
+    found = {}
+    for prompt, pair in enumerate(batch.indices):
+        own = route.hidden(finder, prompt)
+        found[0, prompt] = own, ""
+        for draw in range(1, 1 + n):
+            rng = np.random.default_rng([*seed, draw, pair])
+            found[draw, prompt] = decoy(route, own, finder, prompt, causal, rng)
+    return found
 
 
 def decoy(

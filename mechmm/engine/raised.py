@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from mechmm.data.metrics import Reading
 from mechmm.data.pairs import PairBatch, PairDataset
-from mechmm.engine.decoys import decoy
+from mechmm.engine.decoys import with_decoys
 from mechmm.engine.located import Located
 from mechmm.engine.places import Places, Values
 from mechmm.engine.routes import (
-    FORWARD,
     Blocked,
     Hidden,
     Route,
@@ -75,12 +72,6 @@ class Raised:
 
     def _keys(self, batch: PairBatch, part: Reading) -> dict[tuple[int, int], Hidden]:
         """By draw (0: the route's own) and prompt: which keys are raised for which queries."""
-        finder, causal = Located(batch.clean.layout), self.model.family.resume in FORWARD
-        found = {}
-        for prompt, pair in enumerate(batch.indices):
-            own = found[0, prompt] = self.route.hidden(finder, prompt)
-            for draw in range(1, 1 + self.draws):
-                rng = np.random.default_rng([self.seed, draw, pair])
-                found[draw, prompt], _ = decoy(self.route, own, finder, prompt, causal, rng)
+        found = with_decoys(self.model, self.route, batch, self.draws, (self.seed,))
         where = (self.route, batch.clean, part.batch)
-        return {key: lengthened(one, *where, key[1]) for key, one in found.items()}
+        return {key: lengthened(one, *where, key[1]) for key, (one, _) in found.items()}
