@@ -14,18 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from mechmm.zoo.planted.pictures import (
     COLORS,
     MEASURES,
-    PATCH,
-    PIXELS,
     SHAPES,
     SIDE,
     Scene,
@@ -45,7 +38,7 @@ from mechmm.zoo.planted.program import (
 )
 from mechmm.zoo.planted.space import Space
 from mechmm.zoo.planted.weights import head_weights, mlp_weights
-from mechmm.zoo.planted.words import SPECIAL, VOCABULARY
+from mechmm.zoo.planted.words import SPECIAL, VOCABULARY, build_config
 
 WIDTH, HIDDEN = 128, 128
 VISION_LAYERS, VISION_HEADS = 4, 4
@@ -97,37 +90,17 @@ def compile_program(program: Program, random: np.random.Generator) -> Compiled:
 
 
 def _config() -> LlavaConfig:
-    ids = {word: VOCABULARY.index(word) for word in SPECIAL}
-    return LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=HIDDEN,
-            num_hidden_layers=VISION_LAYERS,
-            num_attention_heads=VISION_HEADS,
-            image_size=PIXELS,
-            patch_size=PATCH,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=WIDTH,
-            intermediate_size=HIDDEN,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            head_dim=D_HEAD,
-            rope_parameters={"rope_type": "default", "rope_theta": THETA},
-            max_position_embeddings=128,
-            pad_token_id=ids["<pad>"],
-            bos_token_id=ids["<s>"],
-            eos_token_id=ids["</s>"],
-            tie_word_embeddings=False,
-        ),
-        image_token_index=ids["<image>"],
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        image_seq_length=SIDE**2,
-        tie_word_embeddings=False,
-    )
+    sizes = {"hidden_size": WIDTH, "intermediate_size": HIDDEN}
+    vision = {"num_hidden_layers": VISION_LAYERS, "num_attention_heads": VISION_HEADS}
+    text = {
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS,
+        "head_dim": D_HEAD,
+        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+        "max_position_embeddings": 128,
+    }
+    return build_config({**sizes, **vision}, {**sizes, **text}, read=-2)
 
 
 def _spaces(program: Program, random: np.random.Generator) -> tuple[Space, Space]:

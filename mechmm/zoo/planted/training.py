@@ -25,12 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration
 
 from mechmm.engine.wiring import wired
 from mechmm.model.hooked import HookedMultimodal
@@ -39,8 +34,6 @@ from mechmm.zoo.planted.causal import CAUSAL, Causal, Shown
 from mechmm.zoo.planted.models import TRAINED, Planted
 from mechmm.zoo.planted.pictures import (
     COLORS,
-    PATCH,
-    PIXELS,
     PLACES,
     SIDE,
     drawing,
@@ -49,7 +42,7 @@ from mechmm.zoo.planted.pictures import (
 from mechmm.zoo.planted.tasks import TASKS
 from mechmm.zoo.planted.tasks.task import Case, Task
 from mechmm.zoo.planted.walk import Run, walk
-from mechmm.zoo.planted.words import SPECIAL, VOCABULARY, build_processor
+from mechmm.zoo.planted.words import VOCABULARY, build_config, build_processor
 
 WIDTH, HIDDEN, LAYERS, HEADS = 48, 96, 2, 4
 """Of both towers; all vision layers are read."""
@@ -94,33 +87,14 @@ Tell = Callable[[dict[str, Any]], None]
 
 def untrained(seed: int) -> LlavaForConditionalGeneration:
     """The model before training, with streams in which every part is heard."""
-    ids = {word: VOCABULARY.index(word) for word in SPECIAL}
-    sizes: dict[str, Any] = {
+    sizes = {
         "hidden_size": WIDTH,
         "intermediate_size": HIDDEN,
         "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
     }
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            **sizes, num_attention_heads=HEADS, image_size=PIXELS, patch_size=PATCH
-        ),
-        text_config=LlamaConfig(
-            **sizes,
-            vocab_size=len(VOCABULARY),
-            num_attention_heads=HEADS,
-            num_key_value_heads=HEADS,
-            max_position_embeddings=64,
-            pad_token_id=ids["<pad>"],
-            bos_token_id=ids["<s>"],
-            eos_token_id=ids["</s>"],
-            tie_word_embeddings=False,
-        ),
-        image_token_index=ids["<image>"],
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        image_seq_length=SIDE**2,
-        tie_word_embeddings=False,
-    )
+    text = {**sizes, "num_key_value_heads": HEADS, "max_position_embeddings": 64}
+    config = build_config(sizes, text, read=-1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: Any = LlavaForConditionalGeneration._from_config(config).eval()

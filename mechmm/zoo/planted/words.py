@@ -1,13 +1,22 @@
-"""The vocabulary of planted models, and their processor."""
+"""The vocabulary of planted models, and the config and processor that go with it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
 
-from mechmm.zoo.planted.pictures import COLORS, PATCH, PIXELS, SHAPES
+from mechmm.zoo.planted.pictures import COLORS, PATCH, PIXELS, SHAPES, SIDE
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 ROWS, COLUMNS = ("top", "bottom"), ("left", "right")
@@ -18,6 +27,31 @@ COUNTS = ("zero", "one", "two")
 FILLERS = ("color", "shape", "same", "count", "at", "in", "of", "ask", "answer", "yes", "no")
 WORDS = (*COLORS, *SHAPES, *ROWS, *COLUMNS, *FIRST, *SECOND, *NAMES, *COUNTS, *FILLERS)
 VOCABULARY = (*SPECIAL, *WORDS)
+
+
+def build_config(vision: Mapping[str, Any], text: Mapping[str, Any], read: int) -> LlavaConfig:
+    """A LLaVA of these words and pictures.
+
+    Args:
+        vision, text: sizes of both towers. read: the vision layer that the projector reads.
+    """
+    ids = {word: VOCABULARY.index(word) for word in SPECIAL}
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, image_size=PIXELS, patch_size=PATCH),
+        text_config=LlamaConfig(
+            **text,
+            vocab_size=len(VOCABULARY),
+            pad_token_id=ids["<pad>"],
+            bos_token_id=ids["<s>"],
+            eos_token_id=ids["</s>"],
+            tie_word_embeddings=False,
+        ),
+        image_token_index=ids["<image>"],
+        vision_feature_layer=read,
+        vision_feature_select_strategy="default",
+        image_seq_length=SIDE**2,
+        tie_word_embeddings=False,
+    )
 
 
 def build_processor() -> LlavaProcessor:
