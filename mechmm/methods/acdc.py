@@ -42,7 +42,7 @@ from mechmm.results.drawing import MOST
 from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import share_interval
 
 SEARCHES = 8
 """Searches that look for the threshold of a number of edges."""
@@ -152,14 +152,12 @@ class Acdc(Result):
         rows = [self.values, *([self.null.mean(0)] if len(self.null) else [])]
         stacked = torch.stack(rows) - self.empty
         scale = float((self.full - self.empty).mean())
-        ends = torch.stack(bootstrap_interval(stacked)) / scale
         null = (self.null - self.empty).mean(1).numpy() / scale
         names = [f"{name}, {len(self.circuit)} edges" for name in ("circuit", "random")]
         return plots.bars(
             names[: len(rows)],
             stacked.mean(1) / scale,
-            ends.amin(0),
-            ends.amax(0),
+            *share_interval(stacked, scale),
             f"faithfulness: ACDC, {self.metric}, {self.target}",
             null=tuple(np.quantile(null, (0.025, 0.975)).tolist()) if len(null) else None,
             value_title="faithfulness",

@@ -39,7 +39,7 @@ from mechmm.results import plots
 from mechmm.results.circuit import Circuit
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import share_interval
 from mechmm.results.units import Units
 
 FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -75,9 +75,7 @@ class Faithfulness(Result):
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
         """95 % bootstrap interval over examples of every circuit's f: (low, high)."""
-        ends = torch.stack(bootstrap_interval(self.values - self.empty))
-        ends = ends / (self.full - self.empty).mean()
-        return ends.amin(0).numpy(), ends.amax(0).numpy()
+        return share_interval(self.values - self.empty, (self.full - self.empty).mean())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per circuit: its size, mean metric, f and its interval."""

@@ -39,7 +39,7 @@ from mechmm.results import plots
 from mechmm.results.circuit import Circuit
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import share_interval
 
 TRIED = 10
 """Edges of which a greedy cut takes the worst."""
@@ -101,8 +101,7 @@ class Completeness(Result):
 
     def _interval(self, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """95 % bootstrap interval over examples, as shares."""
-        ends = torch.stack(bootstrap_interval(values)) / self._scale
-        return ends.amin(0).numpy(), ends.amax(0).numpy()
+        return share_interval(values, self._scale)
 
     def _rows(self, kind: str, null: bool = False) -> np.ndarray:
         chosen = (self.cuts["kind"] == kind) & (self.cuts["null"] == null)

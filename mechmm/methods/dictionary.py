@@ -47,7 +47,7 @@ from mechmm.results import plots
 from mechmm.results.report import Captioned, Page, Section
 from mechmm.results.result import Result
 from mechmm.results.sheet import sheet
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import bootstrap_interval, share_interval
 
 SPLICES = ("dictionary", "principal components", "random features", "zero", "mean")
 """What takes the place of the states, in the order of `Dictionary.spliced`."""
@@ -99,13 +99,13 @@ class Dictionary(Result):
         the variance that they keep."""
         added = self.spliced[:3] - self.loss
         whole = float((self.spliced[SPLICES.index(floor)] - self.loss).mean())
-        ends = 1 - torch.stack(bootstrap_interval(added)) / whole
+        least, most = share_interval(added, whole)
         return pd.DataFrame(
             {
                 "states": SPLICES[:3],
                 "recovered": (1 - added.mean(-1) / whole).numpy(),
-                "low": ends.amin(0).numpy(),
-                "high": ends.amax(0).numpy(),
+                "low": 1 - most,
+                "high": 1 - least,
                 "variance": self.explained.numpy(),
             }
         )

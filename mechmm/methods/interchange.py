@@ -34,7 +34,7 @@ from mechmm.results.circuit import Circuit
 from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import share_interval
 
 FORMS = ("image", "text")
 EVERY = "all"
@@ -77,8 +77,7 @@ class Interchange(Result):
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
         """95 % bootstrap interval over examples of every f: (low, high)."""
-        ends = torch.stack(bootstrap_interval(self._changes())) / self._scales()
-        return ends.amin(0).numpy(), ends.amax(0).numpy()
+        return share_interval(self._changes(), self._scales())
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per run: form, span, kind, edges, f and its interval."""
@@ -137,12 +136,10 @@ class Interchange(Result):
                 rows.append(self._changes()[here & (kinds == kind)].mean(0))
         scale = float(self._scales()[own.argmax()])
         stacked = torch.stack(rows)
-        ends = torch.stack(bootstrap_interval(stacked)) / scale
         return plots.bars(
             names,
             stacked.mean(1) / scale,
-            ends.amin(0),
-            ends.amax(0),
+            *share_interval(stacked, scale),
             f"asked in {'pictures' if form == 'image' else 'words'}: {self.metric}, {self.target}",
             value_title="faithfulness",
         )

@@ -33,7 +33,7 @@ from mechmm.results.circuit import Circuit
 from mechmm.results.graph import Graph
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
-from mechmm.results.statistics import bootstrap_interval
+from mechmm.results.statistics import share_interval
 
 BY = ("edge", "node")
 """What parts a circuit has."""
@@ -71,8 +71,7 @@ class Minimality(Result):
 
     def interval(self) -> tuple[np.ndarray, np.ndarray]:
         """95 % bootstrap interval over examples of every loss: (low, high)."""
-        ends = torch.stack(bootstrap_interval(self._changes())) / (self.full - self.empty).mean()
-        return ends.amin(0).numpy(), ends.amax(0).numpy()
+        return share_interval(self._changes(), (self.full - self.empty).mean())
 
     def null_range(self) -> tuple[float, float] | None:
         """Where 95 % of the random parts have their loss; None without random parts."""

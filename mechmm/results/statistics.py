@@ -66,6 +66,15 @@ def bootstrap_interval(
     )
 
 
+def share_interval(
+    changes: Float[Tensor, "*cell example"], scale: float | Float[Tensor, "..."]
+) -> tuple[Float[np.ndarray, "*cell"], Float[np.ndarray, "*cell"]]:
+    """95 % interval of mean changes over a scale, one or one per cell, which may be negative: (low,
+    high)."""
+    ends = torch.stack(bootstrap_interval(changes)) / scale
+    return ends.amin(0).numpy(), ends.amax(0).numpy()
+
+
 def beside_draws(
     values: Float[Tensor, "cell example"],
     random: Float[Tensor, "cell draw example"],
