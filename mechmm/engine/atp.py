@@ -170,7 +170,7 @@ class _Run:
         contrast, model = self.contrast, self.contrast.model
         part = contrast.corrupt_part if contrast.paired else contrast.clean_part
         edits = self._edits()
-        with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=edits):  # type: ignore[arg-type]
+        with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=edits):
             part.logits(model)
         return self.found
 

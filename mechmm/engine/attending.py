@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechmm.data.metrics import last_logits
+from mechmm.engine.flow import Edit
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
@@ -27,7 +28,7 @@ def attending(
         found.append(pattern[rows, :, last].float().mean(1))
 
     prefix = model.towers[LANGUAGE].prefix
-    hooks = [(f"{prefix}blocks.{layer}.attn.hook_pattern", catch) for layer in layers]
-    with model.hooks(fwd_hooks=hooks):  # type: ignore[arg-type] - a hook that changes nothing
+    hooks: list[Edit] = [(f"{prefix}blocks.{layer}.attn.hook_pattern", catch) for layer in layers]
+    with model.hooks(fwd_hooks=hooks):
         logits = last_logits(model, batch)
     return logits, torch.stack(found)

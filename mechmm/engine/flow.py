@@ -19,8 +19,9 @@ from mechmm.engine.estimate import constant
 from mechmm.engine.wiring import Group, Wiring
 from mechmm.model.hooked import HookedMultimodal
 
-Edit = tuple[str, Callable[[Tensor, Any], Tensor | None]]
-"""A hook and what is done to its value; None leaves it."""
+Edit = tuple[str | Callable, Callable]
+"""A hook, and (value, hook) -> what its value becomes, or None to leave it; as wide as the type of
+`HookedRootModule.hooks`, whose lists are invariant."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +129,7 @@ def values(
         caught[hook.name].append(value.clone())
 
     live = [*edits, *((name, catch) for name in hooks)]
-    with model.hooks(fwd_hooks=live):  # type: ignore[arg-type]
+    with model.hooks(fwd_hooks=live):
         metric = part.reduce(part.logits(model), answers)
     return Flow({hook: torch.cat(some) for hook, some in caught.items()}, metric=metric)
 
@@ -166,7 +167,7 @@ def slopes(
         return leaf.clone()  # nothing may write into a leaf
 
     live = [*edits, *((name, catch) for name in dict.fromkeys([*hooks, *also]))]
-    with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=live):  # type: ignore[arg-type]
+    with torch.enable_grad(), constant(model.hf_model), model.hooks(fwd_hooks=live):
         metric = part.reduce(part.logits(model), answers)
         flat = [value for some in caught.values() for value in some]
         gradients = iter(torch.autograd.grad(metric.sum(), flat, allow_unused=True))

@@ -174,7 +174,7 @@ class Runs:
         """
         self.masks, part = _by_trial(masks), self.splice.part
         self.start = self._depth(self.splice.wiring.readers[first]) if first else (0, -1)
-        hooks = self.splice.model.hooks(fwd_hooks=self.edits())  # type: ignore[arg-type]
+        hooks = self.splice.model.hooks(fwd_hooks=self.edits())
         with frozen(self._frozen()), hooks:
             return part.reduce(part.logits(self.splice.model), self.splice.answers)
 

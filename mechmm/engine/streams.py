@@ -139,7 +139,7 @@ def read_states(
             _tell(read, waiting.pop(0), places, places >= 0, last[0])
 
     hooks = [(hook, partial(tell, number)) for number, hook in inner["hook"].items()]
-    with model.hooks(fwd_hooks=hooks):  # type: ignore[arg-type]
+    with model.hooks(fwd_hooks=hooks):
         model(batch, logits_to_keep=1)
     skip(len(numbers))
 

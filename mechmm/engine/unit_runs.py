@@ -89,7 +89,7 @@ def mapped_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> UnitMap:
 def kept_alone(batch: UnitBatch, keep: Bool[np.ndarray, " unit"]) -> Float[Tensor, " example"]:
     """The metric of every example with some units kept."""
     contrast, edits = batch.contrast, cuts(batch, keep)
-    with contrast.model.hooks(fwd_hooks=edits):  # type: ignore[arg-type]
+    with contrast.model.hooks(fwd_hooks=edits):
         return contrast.clean_part.reduce(
             contrast.clean_part.logits(contrast.model), contrast.answers
         )

@@ -123,9 +123,8 @@ def _directions(
                     f"no training pair has the answer or foil {word!r}, so that nothing points to "
                     "it; give more pairs, a larger share train, or drop those with it"
                 )
-    read = {"sides": ("clean", "corrupt"), "batch_size": batch_size}
     found = []
-    for states in means(model, fit, sites, **read):  # type: ignore[arg-type]
+    for states in means(model, fit, sites, sides=("clean", "corrupt"), batch_size=batch_size):
         centre = {word: states[torch.as_tensor(said == word)].mean(0) for word in np.unique(said)}
         found.append(torch.stack([centre[p.foil] - centre[p.answer] for p in rest]))
     return found
