@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import plotly.graph_objects as go
@@ -187,6 +187,24 @@ class Cells:
             angle=-45 if turned else 0,
             steps=(math.ceil(17 / high), math.ceil((19 if turned else longest + 8) / wide)),
         )
+
+
+def band(x: np.ndarray, low: np.ndarray, high: np.ndarray, color: str, **rest: Any) -> go.Scatter:
+    """The area between two curves.
+
+    Args:
+        rest: of the trace: its axes, its name.
+    """
+    return go.Scatter(
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=color,
+        hoverinfo="skip",
+        **rest,
+    )
 
 
 def bar_room(title: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechmm.results.canvas import COLORS, HEAD, INK, Canvas
+from mechmm.results.canvas import COLORS, HEAD, INK, Canvas, band
 from mechmm.results.values import between, label, numbers
 
 _GREY, _GRID = "#6e7781", "#e6e8eb"
@@ -62,19 +62,7 @@ def _add(
     known = table[table["low"].notna() & table["high"].notna()]
     x, low, high = (known[column].to_numpy(float) for column in ("share", "low", "high"))
     if len(x):
-        figure.add_trace(
-            go.Scatter(
-                x=np.concatenate([x, x[::-1]]),
-                y=np.concatenate([high, low[::-1]]),
-                mode="lines",
-                line={"width": 0},
-                fill="toself",
-                fillcolor=_SHADE[color],
-                hoverinfo="skip",
-                showlegend=False,
-                **axes,
-            )
-        )
+        figure.add_trace(band(x, low, high, _SHADE[color], showlegend=False, **axes))
     values = table["value"].to_numpy(float)
     figure.add_trace(
         go.Scatter(

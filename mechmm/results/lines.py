@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from mechmm.results.canvas import HEAD, INK, Canvas
+from mechmm.results.canvas import HEAD, INK, Canvas, band
 from mechmm.results.values import between, label, numbers, pixels
 
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#6b4c9a", "#7f6000")
@@ -68,19 +68,7 @@ def _band(figure: go.Figure, null: pd.DataFrame, name: str, axes: Mapping[str, s
     x, low, high = (known[column].to_numpy(float) for column in ("x", "low", "high"))
     if len(x) == 1:
         x, low, high = x[0] + np.array([-0.2, 0.2]), low.repeat(2), high.repeat(2)
-    figure.add_trace(
-        go.Scatter(
-            x=np.concatenate([x, x[::-1]]),
-            y=np.concatenate([high, low[::-1]]),
-            mode="lines",
-            line={"width": 0},
-            fill="toself",
-            fillcolor=_BAND,
-            hoverinfo="skip",
-            name=label(name),
-            **axes,
-        )
-    )
+    figure.add_trace(band(x, low, high, _BAND, name=label(name), **axes))
 
 
 def _line(
