@@ -6,7 +6,7 @@ What is kept is told by one true or false per edge, in the order of the graph. T
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from mechmm.data.metrics import Metric
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.contrast import contrasts
+from mechmm.engine.contrast import Contrast, contrasts
 from mechmm.engine.splice import Masks, Runs
 from mechmm.engine.wiring import Wiring, wired
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.circuit import Circuit
 from mechmm.results.graph import Graph
 
-Keep = Bool[np.ndarray, " edge"]
-"""Which edges of a graph are kept."""
+Keep = Bool[np.ndarray, " part"]
+"""Which edges of a graph, or units, are kept."""
 
 
 class Ablated(NamedTuple):
@@ -59,14 +59,33 @@ def run_circuits(
         ValueError: an unknown target; a model that gives no logits after a prompt.
         SpanError: a span of the graph that the pairs do not have.
     """
-    graph, columns = wiring.graph, []
-    every = [*keeps, np.ones(len(graph), bool), np.zeros(len(graph), bool)]
-    for parts in contrasts(model, pairs, wiring, metric, target, batch_size, streams=True):
-        splices = [part.splice() for part in parts]
-        found = [
-            sum((splice.run(masks_of(graph, [keep])) for splice in splices), torch.zeros(()))
-            for keep in every
-        ]
+    graph = wiring.graph
+
+    def alone(part: Contrast) -> Callable[[Keep], Tensor]:
+        splice = part.splice()
+        return lambda keep: splice.run(masks_of(graph, [keep]))
+
+    found = contrasts(model, pairs, wiring, metric, target, batch_size, streams=True)
+    return each_alone(found, alone, keeps, len(graph))
+
+
+def each_alone(
+    contrasted: Iterable[list[Contrast]],
+    alone: Callable[[Contrast], Callable[[Keep], Tensor]],
+    keeps: Sequence[Keep],
+    count: int,
+) -> Ablated:
+    """Some parts of a model kept, batch by batch, then all of them and none.
+
+    Args:
+        alone: of one reading of a batch, what runs it with some parts kept: its metric [example].
+        count: of all parts.
+    """
+    columns, everything = [], np.ones(count, dtype=bool)
+    every = [*keeps, everything, ~everything]
+    for parts in contrasted:
+        runs = [alone(part) for part in parts]
+        found = [sum((run(keep) for run in runs), torch.zeros(())) for keep in every]
         columns.append(torch.stack([value.float().cpu() for value in found]))
     values = torch.cat(columns, dim=1)
     return Ablated(values[:-2], values[-2], values[-1])

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechmm.engine.cut import Loss
 from mechmm.engine.engine import Engine
 from mechmm.engine.places import Ints, Places, index
 from mechmm.engine.sweep import pruned
@@ -31,17 +32,15 @@ def exact_unit_scores(batch: UnitBatch) -> Float[Tensor, "example unit"]:
     part, answers = contrast.clean_part, contrast.answers
     hooks = list(dict.fromkeys(hook for home in batch.homes for hook in home.hooks))
     engine = Engine(contrast.model, part.batch, hooks, part.places, part.rows)
-    base = part.reduce(engine.base, answers).float().cpu()
-    found = []
+    loss, found = Loss(part, answers, part.reduce(engine.base, answers)), []
     for home in batch.homes:
         spans = len(batch.map.units.spans)
         scores = torch.zeros(batch.examples * spans * home.size)
         for cut in _cuts(batch, home):
             places, values = pruned(engine, cut.places, cut.values)
             for trials, logits in engine.run(places, values):
-                prompts = torch.as_tensor(places.prompts[trials])
-                metric = part.reduce(logits, answers[prompts.to(logits.device)]).float().cpu()
-                scores[torch.as_tensor(cut.cells[trials])] = base[prompts] - metric
+                lost = loss(logits, places.prompts[trials])
+                scores[torch.as_tensor(cut.cells[trials])] = lost
         found.append((home, scores.view(batch.examples, spans, home.size)))
     return batch.joined(found)
 

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mechmm.data.metrics import Metric
 from mechmm.data.pairs import PairDataset
-from mechmm.engine.ablate import Ablated
+from mechmm.engine.ablate import Ablated, Keep, each_alone
 from mechmm.engine.contrast import contrasts
 from mechmm.engine.flow import Edit
 from mechmm.engine.units import Home, UnitBatch, UnitMap, unit_map
@@ -32,7 +31,7 @@ def run_units(
     model: HookedMultimodal,
     pairs: PairDataset,
     own: UnitMap,
-    keeps: Sequence[Bool[np.ndarray, " unit"]],
+    keeps: Sequence[Keep],
     metric: Metric,
     target: str = "corrupt",
     batch_size: int = 16,
@@ -48,16 +47,10 @@ def run_units(
         ValueError: an unknown target.
         SpanError: a span of the units that the pairs do not have.
     """
-    columns, everything = [], np.ones(len(own.units), dtype=bool)
-    every = [*keeps, everything, ~everything]
-    for parts in contrasts(model, pairs, own.wiring, metric, target, batch_size, also=own.hidden):
-        batches = [UnitBatch(part, own) for part in parts]
-        found = [
-            sum((kept_alone(batch, keep) for batch in batches), torch.zeros(())) for keep in every
-        ]
-        columns.append(torch.stack([value.float().cpu() for value in found]))
-    values = torch.cat(columns, dim=1)
-    return Ablated(values[:-2], values[-2], values[-1])
+    found = contrasts(model, pairs, own.wiring, metric, target, batch_size, also=own.hidden)
+    return each_alone(
+        found, lambda part: partial(kept_alone, UnitBatch(part, own)), keeps, len(own.units)
+    )
 
 
 def mapped_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> UnitMap:
@@ -86,7 +79,7 @@ def mapped_as(model: HookedMultimodal, circuits: Sequence[Circuit]) -> UnitMap:
 
 
 @torch.no_grad()
-def kept_alone(batch: UnitBatch, keep: Bool[np.ndarray, " unit"]) -> Float[Tensor, " example"]:
+def kept_alone(batch: UnitBatch, keep: Keep) -> Float[Tensor, " example"]:
     """The metric of every example with some units kept."""
     contrast, edits = batch.contrast, cuts(batch, keep)
     with contrast.model.hooks(fwd_hooks=edits):
@@ -95,7 +88,7 @@ def kept_alone(batch: UnitBatch, keep: Bool[np.ndarray, " unit"]) -> Float[Tenso
         )
 
 
-def cuts(batch: UnitBatch, keep: Bool[np.ndarray, " unit"]) -> list[Edit]:
+def cuts(batch: UnitBatch, keep: Keep) -> list[Edit]:
     """The edits that set all units outside a circuit to their reference values."""
     by_tower, spans = batch.map.units.by_tower(keep), len(batch.map.units.spans)
     edits: list[Edit] = []
