@@ -59,6 +59,11 @@ class Contrast:
         """Whether the reference is a run of the corrupt prompt."""
         return len(self.reference.metric) > 0
 
+    def between(self, hook: str, way: float) -> Tensor:
+        """What a writers' hook gave a part of the way from the reference to the clean run."""
+        clean, reference = self.clean.values[hook], self.reference.values[hook]
+        return reference + way * (clean - reference)
+
     def changes(self) -> tuple[Values, Values]:
         """What the writers' hooks gave in the clean run and in the reference."""
         return self.clean.values, self.reference.values

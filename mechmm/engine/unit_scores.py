@@ -82,8 +82,7 @@ def towards(batch: UnitBatch, homes: Sequence[Home], way: float) -> list[Edit]:
 
 
 def _moved(batch: UnitBatch, home: Home, way: float, value: Tensor, hook: Any) -> Tensor:
-    clean, reference = (values[hook.name] for values in batch.contrast.changes())
-    return torch.where(batch.own(home, value), reference + way * (clean - reference), value)
+    return torch.where(batch.own(home, value), batch.contrast.between(hook.name, way), value)
 
 
 class _Sums:

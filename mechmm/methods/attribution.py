@@ -375,6 +375,5 @@ def _towards(contrast: Contrast, groups: Sequence[Group], way: float) -> list[Ed
 def _moved(
     contrast: Contrast, writer: Writer | None, way: float, value: Tensor, hook: Any
 ) -> Tensor:
-    clean, reference = (values[hook.name] for values in contrast.changes())
-    new = reference + way * (clean - reference)
+    new = contrast.between(hook.name, way)
     return new if writer is None else torch.where(writer.own(value), new, value)
