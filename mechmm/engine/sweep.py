@@ -148,7 +148,7 @@ class _Run:
         donor = Donor(sweep.model, sweep.pairs, sweep.sites, sweep.source, sweep.seed, size)
         for batch in sweep.pairs.batches(size):
             base = getattr(batch, sweep.base)
-            places = located(sweep.sites, base.layout, sweep.seed, batch.indices)
+            places = located(sweep.sites, base.layout, sweep.seed, batch.numbers)
             check_places(sweep.sites, batch, sweep.seed)
             answers = prepared(sweep.model, batch.clean, batch.answers, sweep.metric)
             parts = readings(base, answers, sweep.metric)

@@ -26,6 +26,7 @@ import torch
 
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
+from mechmm.data.part import Part
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
@@ -250,12 +251,12 @@ class _Job:
         method, scene = METHODS[step.method], self.scene()
         used = set(method.sets(step.options).values())
         sizes = {len(self.sets[name]) for name in used}
-        if not method.chunked or len(sizes) != 1:
+        if not method.chunked(step.options) or len(sizes) != 1:
             return [scene]
         (size,), chunk = sizes, self.config.engine.chunk
         starts = range(0, size, chunk)
         return [
-            replace(scene, pairs={name: self.sets[name][at : at + chunk] for name in used})
+            replace(scene, pairs={name: Part(self.sets[name], at, chunk) for name in used})
             for at in starts
         ]
 
