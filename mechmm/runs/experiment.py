@@ -12,12 +12,12 @@ import shutil
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 from plotly.graph_objects import Figure
 
+from mechmm.results.plots import save_png
 from mechmm.results.store import write_whole
 from mechmm.runs.command import show
 from mechmm.runs.folder import HEADLINES, MANIFEST, Run
@@ -108,10 +108,10 @@ def update(folder: Path, found: Run, figure: Callable[[Run], Figure] | None = No
     write_whole(readme, f"{head}{BEGIN}\n{table}\n{END}{tail}".encode())
     if figure is None:
         return
-    if find_spec("kaleido") is None:
-        print("kaleido is not installed: figure.png stays as it is", file=sys.stderr)
-        return
-    figure(found).write_image(folder / "figure.png", scale=1.5)
+    try:
+        save_png(figure(found), folder / "figure.png", scale=1.5)
+    except RuntimeError as error:
+        print(f"figure.png stays as it is: {error}", file=sys.stderr)
 
 
 def headline_table(headlines: pd.DataFrame) -> str:

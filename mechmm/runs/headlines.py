@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 from mechmm.runs.config import Headline
 from mechmm.runs.expectation import Expectation
@@ -45,6 +46,21 @@ def measured(headline: Headline, table: pd.DataFrame) -> dict[str, Any]:
         "expect": headline.expect,
         "agrees": None if expected is None else expected.agrees(value),
     }
+
+
+def table_of(headline: Headline, result: Result) -> pd.DataFrame:
+    """The table that a headline reads.
+
+    Raises:
+        HeadlineError: a result that has no such table.
+    """
+    make = getattr(result, headline.table, None)
+    if make is None:
+        raise HeadlineError(
+            f"headline {headline.name!r}: the result of step {headline.step!r} "
+            f"({type(result).__name__}) has no table {headline.table!r}; leave `table` away"
+        )
+    return make()
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:

@@ -277,11 +277,10 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        tables = {
-            name: self._result(name).to_dataframe()
-            for name in {headline.step for headline in self.config.headlines}
-        }
-        found = [heads.measured(one, tables[one.step]) for one in self.config.headlines]
+        found = [
+            heads.measured(one, heads.table_of(one, self._result(one.step)))
+            for one in self.config.headlines
+        ]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
@@ -362,8 +361,11 @@ def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
             pairs = makers.loaded(config.base / one.folder, model)
         else:
             pairs = makers.made(str(one.make), one.options, model)
+        scene = Scene(model, {}, _nothing, config.base)
+        if one.clean is not None:
+            pairs = makers.distorted(pairs, one.clean, scene)
         if one.corrupt is not None:
-            pairs = makers.corrupted(pairs, one.corrupt, Scene(model, {}, _nothing, config.base))
+            pairs = makers.corrupted(pairs, one.corrupt, scene)
         pairs = makers.kept(pairs, one.keep, one.name)
     except PairError as error:
         raise PairError(f"pairs.{one.name}: {error}") from error
