@@ -195,6 +195,7 @@ class _Job:
                 for name, pairs in self.sets.items()
             },
             "outputs": manifest.outputs(folder),
+            "notes": [],
             "headlines": [],
             "verdict": "",
         }
@@ -283,7 +284,13 @@ class _Job:
             self.out / RESULTS / f"{step.name}.csv",
             table.to_csv(index=table.index.name is not None, lineterminator="\n").encode(),
         )
-        for key, figure in figures(found).items():
+        try:
+            drawn = figures(found)
+        except ValueError as error:  # numbers that cannot be drawn are no reason to lose the rest
+            note = f"step {step.name!r} has no figures: {error}"
+            self._note(notes=sorted({*Run.open(self.out).manifest.get("notes", ()), note}))
+            return
+        for key, figure in drawn.items():
             path = self.out / FIGURES / f"{step.name}.{key}.json"
             write_whole(path, figure.to_json().encode())
 
