@@ -220,6 +220,7 @@ class _Job:
             with _interruptible() as stopped:
                 for step in self.config.steps:
                     self._step(step, stopped)
+                return self._finish()
         except KeyboardInterrupt:
             self._note()
             raise Interrupted(
@@ -228,7 +229,6 @@ class _Job:
         except Exception as error:
             self._fail(error)
             raise
-        return self._finish()
 
     def _step(self, step: Step, stopped: threading.Event) -> None:
         joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
@@ -242,6 +242,7 @@ class _Job:
                             found = self._run(step, part, number, len(parts), report)
                         if stopped.is_set():  # some methods end an interrupted run with NaN
                             raise KeyboardInterrupt
+                        self._check_headlines(step, found)
                         found.save(place)
                         self._note()
             folders = [chunks / f"{number:05d}" for number in range(len(parts))]
@@ -254,6 +255,14 @@ class _Job:
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
+
+    def _check_headlines(self, step: Step, found: Result) -> None:
+        """Refuse columns that a step's table does not have as soon as there is one."""
+        own = [headline for headline in self.config.headlines if headline.step == step.name]
+        if own:
+            table = found.to_dataframe()
+            for headline in own:
+                heads.check_columns(headline, table)
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Any) -> Result:
         def told(done: int, total: int) -> None:
