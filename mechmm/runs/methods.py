@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter
 from typing import Any
 
 import mechmm
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.contrast import TARGETS
+from mechmm.methods import (
+    attribution,
+    direct_logit_attribution,
+    minimality,
+    neuron_attribution,
+)
+from mechmm.methods.patching import SCREENS, SOURCES
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result
+from mechmm.results.units import GRANULARITIES
 from mechmm.runs import composed
 from mechmm.runs.arguments import (
     Argument,
@@ -26,7 +35,7 @@ from mechmm.runs.arguments import (
     plain,
     table_of,
 )
-from mechmm.runs.hints import cast, parameters
+from mechmm.runs.hints import NONE, cast, parameters
 from mechmm.runs.place import Place
 
 GIVEN = ("model", "report", "tokens")
@@ -55,6 +64,21 @@ ARGUMENTS: Mapping[str, Argument] = {
 
 
 Options = Mapping[str, Any]
+CHOICES: Mapping[str, Sequence[str]] = {
+    "target": TARGETS,
+    "direction": tuple(SOURCES),
+    "screen": (NONE, *SCREENS),
+    "granularity": (NONE, *GRANULARITIES),
+    "prompt": ("clean", "corrupt"),
+    "attribute.algorithm": attribution.METHODS,
+    "neuron_attribution.algorithm": tuple(neuron_attribution.METHODS),
+    "neuron_attribution.ablation": neuron_attribution.ABLATIONS,
+    "ablate_tokens.by": ("mean", "zero", "corrupt"),
+    "minimality.by": minimality.BY,
+    "direct_logit_attribution.of": ("difference", "answer"),
+    "direct_logit_attribution.ablation": direct_logit_attribution.ABLATIONS,
+}
+"""Values of text parameters, of any method or of one, so that a wrong one is found at once."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +175,11 @@ class Method:
     ) -> Any:
         argument = self.argument(name)
         if argument is None:
-            return plain(name, hint, default, options, place)
+            value = plain(name, hint, default, options, place)
+            known_values = CHOICES.get(f"{self.function.__name__}.{name}", CHOICES.get(name))
+            if known_values is not None:
+                place.at(name).choice(value, known_values, name)
+            return value
         if name in options:
             return argument.check(options[name], place.at(name), known)
         if name == "pairs" and len(known.sets) == 1:

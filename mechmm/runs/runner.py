@@ -120,7 +120,9 @@ def resume(folder: str | Path) -> Run:
         for name, pairs in sets.items():
             if pairs.content_hash() != found.manifest["pairs"][name]["sha256"]:
                 raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
-        return _Job(config, folder, model, sets, start).go()
+        job = _Job(config, folder, model, sets, start)
+        job.check_checkpoints(found.manifest.get("checkpoints", {}))
+        return job.go()
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,28 @@ class _Job:
             "lock_sha256": manifest.lock_digest(config.base),
             "git": manifest.git(config.base),
             "model": dict(facts),
+            "checkpoints": self._checkpoints(),
             "pairs": {
                 name: {"n": len(pairs), "sha256": pairs.content_hash()}
                 for name, pairs in self.sets.items()
             },
             "outputs": manifest.outputs(folder),
+            "notes": [],
             "headlines": [],
             "verdict": "",
         }
+
+    def _checkpoints(self) -> dict[str, str]:
+        """SHA-256 over the files of every checkpoint of a step."""
+        named = [n for step in self.config.steps for n in step.options.get("checkpoints", ())]
+        files = {name: manifest.model_files(name, self.config.base) for name in named}
+        return {name: manifest.combined(found) for name, found in files.items()}
+
+    def check_checkpoints(self, known: Mapping[str, str]) -> None:
+        """Refuse checkpoints other than those that the run began with."""
+        for name, found in self._checkpoints().items():
+            if found != known.get(name):
+                raise RunError(f"the files of checkpoint {name} changed since the run began")
 
     # Running ---------------------------------------------------------------------------------
 
@@ -204,6 +220,7 @@ class _Job:
             with _interruptible() as stopped:
                 for step in self.config.steps:
                     self._step(step, stopped)
+                return self._finish()
         except KeyboardInterrupt:
             self._note()
             raise Interrupted(
@@ -212,7 +229,6 @@ class _Job:
         except Exception as error:
             self._fail(error)
             raise
-        return self._finish()
 
     def _step(self, step: Step, stopped: threading.Event) -> None:
         joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
@@ -226,6 +242,7 @@ class _Job:
                             found = self._run(step, part, number, len(parts), report)
                         if stopped.is_set():  # some methods end an interrupted run with NaN
                             raise KeyboardInterrupt
+                        self._check_headlines(step, found)
                         found.save(place)
                         self._note()
             folders = [chunks / f"{number:05d}" for number in range(len(parts))]
@@ -238,6 +255,14 @@ class _Job:
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
+
+    def _check_headlines(self, step: Step, found: Result) -> None:
+        """Refuse columns that a step's table does not have as soon as there is one."""
+        own = [headline for headline in self.config.headlines if headline.step == step.name]
+        if own:
+            table = found.to_dataframe()
+            for headline in own:
+                heads.check_columns(headline, table)
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Any) -> Result:
         def told(done: int, total: int) -> None:
@@ -268,7 +293,13 @@ class _Job:
             self.out / RESULTS / f"{step.name}.csv",
             table.to_csv(index=table.index.name is not None, lineterminator="\n").encode(),
         )
-        for key, figure in figures(found).items():
+        try:
+            drawn = figures(found)
+        except ValueError as error:  # numbers that cannot be drawn are no reason to lose the rest
+            note = f"step {step.name!r} has no figures: {error}"
+            self._note(notes=sorted({*Run.open(self.out).manifest.get("notes", ()), note}))
+            return
+        for key, figure in drawn.items():
             path = self.out / FIGURES / f"{step.name}.{key}.json"
             write_whole(path, figure.to_json().encode())
 
