@@ -89,7 +89,7 @@ class Headline:
         table: which one, where a result has several; default: `to_dataframe`.
         column, where: of the rows whose columns have these values.
         minus: another column, which is subtracted row by row.
-        statistic: of the rows. low, high: columns that hold the interval of a single row.
+        statistic: of the rows. low, high: columns that hold the interval of a single row; "": none.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
     """
 

@@ -48,19 +48,23 @@ def measured(headline: Headline, table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def table_of(headline: Headline, result: Result) -> pd.DataFrame:
-    """The table that a headline reads.
+def tables_of(headlines: Sequence[Headline], result: Result) -> dict[str, pd.DataFrame]:
+    """The tables that headlines of a step read, by name.
 
     Raises:
         HeadlineError: a result that has no such table.
     """
-    make = getattr(result, headline.table, None)
-    if make is None:
-        raise HeadlineError(
-            f"headline {headline.name!r}: the result of step {headline.step!r} "
-            f"({type(result).__name__}) has no table {headline.table!r}; leave `table` away"
-        )
-    return make()
+    found = {}
+    for headline in headlines:
+        make = getattr(result, headline.table, None)
+        if make is None:
+            raise HeadlineError(
+                f"headline {headline.name!r}: the result of step {headline.step!r} "
+                f"({type(result).__name__}) has no table {headline.table!r}; leave `table` away"
+            )
+        if headline.table not in found:
+            found[headline.table] = make()
+    return found
 
 
 def verdict(found: Sequence[dict[str, Any]]) -> str:
@@ -78,7 +82,7 @@ def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if table.index.name is not None:
         table = table.reset_index()
     wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
-    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high")]
+    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high", "")]
     for name in wanted:
         if name not in table.columns:
             there = ", ".join(map(str, table.columns))
@@ -132,7 +136,9 @@ def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tup
 
 
 def _own(headline: Headline, rows: pd.DataFrame, column: str) -> float:
-    """What a single row says of its interval, less what is subtracted."""
+    """What a single row says of its interval, less what is subtracted; NaN for no column at all."""
+    if column == "":
+        return math.nan
     if column not in rows.columns:
         return math.nan
     less = 0.0 if headline.minus is None else float(rows[headline.minus].iloc[0])

@@ -271,10 +271,9 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        if own:
-            table = found.to_dataframe()
-            for headline in own:
-                heads.check_columns(headline, table)
+        tables = heads.tables_of(own, found)
+        for headline in own:
+            heads.check_columns(headline, tables[headline.table])
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -320,10 +319,12 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        found = [
-            heads.measured(one, heads.table_of(one, self._result(one.step)))
-            for one in self.config.headlines
-        ]
+        wanted = self.config.headlines
+        tables = {
+            step: heads.tables_of([one for one in wanted if one.step == step], self._result(step))
+            for step in {one.step for one in wanted}
+        }
+        found = [heads.measured(one, tables[one.step][one.table]) for one in wanted]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
