@@ -122,7 +122,7 @@ def headline_table(headlines: pd.DataFrame) -> str:
     """Headlines as a Markdown table: value with its 95 % interval, expectation, verdict."""
     lines = ["| headline | value | expected | agrees |", "|---|---|---|---|"]
     for row in headlines.to_dict("records"):
-        expect = "" if row["expect"] is None else f"`{row['expect']}`"
+        expect = "" if pd.isna(row["expect"]) else f"`{row['expect']}`"
         agrees = {True: "yes", False: "**no**"}.get(row["agrees"], "")
         lines.append(f"| {row['name']} | {_value(row)} | {expect} | {agrees} |")
     return "\n".join(lines)
