@@ -5,9 +5,9 @@ the feature joins those before it:
 
     phi_i = mean over orders of v(before i and i) - v(before i),     sum_i phi_i = v(1) - v(0).
 
-Orders are drawn, each beside its reverse (antithetic, Mitchell et al. 2104.12199); the sum holds for
-every single order. Where an example has so few features that all orders are no more work, each
-coalition is run once and phi is exact.
+Orders are drawn, each beside its reverse (antithetic, Mitchell et al. 2104.12199); the sum holds
+for every single order. Where an example has so few features that all coalitions are no more work,
+each is run once and phi is exact.
 
 Shapley 1953; Castro et al. 2009 (sampling).
 """
