@@ -211,7 +211,7 @@ def _words(
     positions = np.flatnonzero(text).tolist()
     joins = [_joins(tokens, before, after) for before, after in pairwise(positions)]
     starts = [i for i in range(len(positions)) if i == 0 or not joins[i - 1]]
-    for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
+    for start, stop in pairwise([*starts, len(positions)]):
         own = [p - first for p in positions[start:stop]]
         name = "".join(tokens[p] for p in positions[start:stop]).strip()
         where = (own[0], TEXT, -1, -1, -1, -1)

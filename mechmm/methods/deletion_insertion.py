@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from plotly.graph_objects import Figure
 from torch import Tensor
 
@@ -152,7 +152,7 @@ class DeletionInsertion(Result):
 def deletion_insertion(
     model: HookedMultimodal,
     pairs: PairDataset,
-    scores: Float[Tensor, "example patch"] | np.ndarray,
+    scores: Shaped[Tensor, "example patch"] | np.ndarray,
     *,
     side: int | None = None,
     shares: Sequence[float] = SHARES,

@@ -121,8 +121,8 @@ class Emap(Result):
             f"{len(self.own)} texts with {len(self.own)} pictures, {len(self.answers)} answers: "
             f"accuracy is {table[FULL]:.2f}, and {table[ADDITIVE]:.2f} of the nearest additive "
             f"function ({table[TEXT]:.2f} of its text's part, {table[PICTURE]:.2f} of its "
-            f"picture's), {table[OTHER]:.2f} with other pictures; {self.interaction():.2f} of the logits' "
-            "variance is interaction."
+            f"picture's), {table[OTHER]:.2f} with other pictures; {self.interaction():.2f} of the "
+            "logits' variance is interaction."
         )
 
 
