@@ -22,8 +22,14 @@ from mechmm.testing import tiny_pairs
 
 torch.set_num_threads(1)
 
-FAMILIES = ["llava", "gemma3", "qwen2_5_vl", "paligemma", "idefics3", "blip-2", "chameleon"]
-"""Grouped queries, both kinds of image spans, packed vision, tiles, a Q-Former, no tower."""
+
+def also(*families):
+    """Further families, which take more time than they tell."""
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
+FAMILIES = ["gemma3", "qwen2_5_vl", "blip-2", "chameleon", "llava_onevision"]
+"""Image spans, packed vision, a Q-Former, no tower, and a mosaic of tiles."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +43,7 @@ def coalitions(shape, seed=0):
     return absent
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llava_onevision"])
+@pytest.mark.parametrize("family", [*FAMILIES, *also("llava", "paligemma", "idefics3")])
 def test_engine_and_gradient_give_the_same_v(family):
     model, pairs = tiny_pairs(family, 2)
     game = Presence(model, pairs, features_of(model, pairs), mm.logit_diff)
@@ -52,7 +58,7 @@ def test_engine_and_gradient_give_the_same_v(family):
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl", "idefics3", "blip-2"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "blip-2", *also("llava", "idefics3")])
 def test_without_any_patch_the_prompt_is_the_corrupt_one(family):
     model, pairs = tiny_pairs(family, 2)
     features = features_of(model, pairs, text=False)
