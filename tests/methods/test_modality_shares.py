@@ -25,9 +25,9 @@ def also(*families):
 
 
 @pytest.fixture(scope="module")
-def found(demo):
-    pairs = shapes.color_pairs(demo, 2, seed=0)
-    return mm.modality_shares(demo, pairs, control=pairs[:1], side=1, n_orders=2)
+def found():
+    model, pairs = tiny_pairs("llava", 2)
+    return mm.modality_shares(model, pairs, control=pairs[:1], side=1, n_orders=2)
 
 
 @pytest.mark.parametrize(
