@@ -130,6 +130,26 @@ def patch(
         raise typer.Exit(130)
 
 
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; see docs/runs.md.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value each, for example pairs.color.n=8.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of an interrupted run to go on with.")
+    ] = None,
+) -> None:
+    """Run a config: pairs, steps, headlines and a report, in one folder that can be run again.
+
+    Ctrl-C ends the run and keeps what is finished; the exit code is 130 then.
+    """
+    from mechmm.runs.command import run_command
+
+    raise typer.Exit(run_command(config, overrides or [], out, resume))
+
+
 @zoo.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
