@@ -24,6 +24,7 @@ app.add_typer(bench, name="bench")
 
 Name = Annotated[str, typer.Argument(help="A hub name, a local folder, or mechmm/demo (shipped).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 SITES = ("residual", "heads", "mlps", "attention", "patches", "projector")
 
 
@@ -128,6 +129,65 @@ def patch(
         said = f"interrupted, {found.missing} cells are missing; the others are in {out}"
         print(f"mechmm: {said}", file=sys.stderr)
         raise typer.Exit(130)
+
+
+@app.command()
+def verify(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Check every file of a run's folder against its manifest. Exit code 1 if anything differs."""
+    from dataclasses import asdict
+
+    from mechmm.runs.verify import verify as run
+
+    found = run(folder)
+    print(json.dumps({"ok": found.ok, **asdict(found)}) if as_json else found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
+    """What differs between two runs: settings, versions, numbers, headlines. Exit code 1 if
+    settings or values do."""
+    from mechmm.runs.difference import diff as run
+    from mechmm.runs.difference import print_difference
+
+    found = run(first, second)
+    print(json.dumps(found.as_json())) if as_json else print_difference(found)
+    raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def pack(
+    folder: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="A new .zip file; default: beside the folder.")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder of the model, whose files go along.")
+    ] = None,
+    author: Annotated[
+        list[str] | None, typer.Option(help="For CITATION.cff; may be given several times.")
+    ] = None,
+) -> None:
+    """Write a run as one archive to publish."""
+    from mechmm.runs.archive import pack as run
+
+    print(run(folder, out, weights=weights, authors=author or ()))
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="Written by mechmm pack.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; default: the archive's name, here.")
+    ] = None,
+    limit: Annotated[str, typer.Option(help="Bytes that it may unpack to.")] = "4GiB",
+) -> None:
+    """Write the run in an archive into a new folder and verify it; nothing in it is executed."""
+    from mechmm.runs.archive import Limits
+    from mechmm.runs.archive import unpack as run
+    from mechmm.runs.patch import bytes_of
+
+    print(run(file, out, Limits(size=bytes_of(limit))))
 
 
 @zoo.command()
