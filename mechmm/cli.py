@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -132,27 +134,77 @@ def patch(
 
 
 @app.command()
+def run(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; see docs/runs.md.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value each, for example pairs.color.n=8.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of an interrupted run to go on with.")
+    ] = None,
+) -> None:
+    """Run a config: pairs, steps, headlines and a report, in one folder that can be run again.
+
+    Ctrl-C ends the run and keeps what is finished; the exit code is 130 then.
+    """
+    from mechmm.runs.command import run_command
+
+    raise typer.Exit(run_command(config, overrides or [], out, resume))
+
+
+@app.command()
 def verify(folder: RunFolder, as_json: AsJson = False) -> None:
     """Check every file of a run's folder against its manifest. Exit code 1 if anything differs."""
     from dataclasses import asdict
 
-    from mechmm.runs.verify import verify as run
+    from mechmm.runs.verify import verify
 
-    found = run(folder)
+    with _refusals():
+        found = verify(folder)
     print(json.dumps({"ok": found.ok, **asdict(found)}) if as_json else found)
     raise typer.Exit(0 if found.ok else 1)
 
 
 @app.command()
 def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
-    """What differs between two runs: settings, versions, numbers, headlines. Exit code 1 if
-    settings or values do."""
-    from mechmm.runs.difference import diff as run
-    from mechmm.runs.difference import print_difference
+    """What differs between two runs: settings, versions, numbers, headlines.
 
-    found = run(first, second)
+    Exit code 1 if settings or values do.
+    """
+    from mechmm.runs.difference import diff, print_difference
+
+    with _refusals():
+        found = diff(first, second)
     print(json.dumps(found.as_json())) if as_json else print_difference(found)
     raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def replay(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Keep the new run in this new folder.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model's files lie, if not where they did.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a run again from its folder alone and compare every number. Exit code 1 if one differs.
+
+    With equal versions on an equal machine all numbers must be the same, elsewhere within 1e-4 of
+    the largest value of their array.
+    """
+    from mechmm.runs.replay import print_replay, replay
+    from mechmm.runs.runner import Interrupted
+
+    try:
+        with _refusals():
+            found = replay(folder, out, model=model)
+    except Interrupted as error:
+        print("mechmm: interrupted" if out is None else f"mechmm: {error}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(json.dumps(found.as_json())) if as_json else print_replay(found)
+    raise typer.Exit(0 if found.agrees else 1)
 
 
 @app.command()
@@ -162,16 +214,21 @@ def pack(
         Path | None, typer.Option(help="A new .zip file; default: beside the folder.")
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="Folder of the model, whose files go along.")
+        bool, typer.Option("--weights", help="The model's files go along (safetensors only).")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model's files lie, if not where they did.")
     ] = None,
     author: Annotated[
         list[str] | None, typer.Option(help="For CITATION.cff; may be given several times.")
     ] = None,
 ) -> None:
     """Write a run as one archive to publish."""
-    from mechmm.runs.archive import pack as run
+    from mechmm.runs.archive import pack, weights_of
 
-    print(run(folder, out, weights=weights, authors=author or ()))
+    with _refusals():
+        along = model or (weights_of(folder) if weights else None)
+        print(pack(folder, out, weights=along, authors=author or ()))
 
 
 @app.command()
@@ -180,14 +237,15 @@ def unpack(
     out: Annotated[
         Path | None, typer.Option(help="A new folder; default: the archive's name, here.")
     ] = None,
-    limit: Annotated[str, typer.Option(help="Bytes that it may unpack to.")] = "4GiB",
+    limit: Annotated[
+        str | None, typer.Option(help="Bytes that it may unpack to; default: 4GiB.")
+    ] = None,
 ) -> None:
     """Write the run in an archive into a new folder and verify it; nothing in it is executed."""
-    from mechmm.runs.archive import Limits
-    from mechmm.runs.archive import unpack as run
-    from mechmm.runs.patch import bytes_of
+    from mechmm.runs.archive import Limits, unpack
 
-    print(run(file, out, Limits(size=bytes_of(limit))))
+    with _refusals():
+        print(unpack(file, out, Limits() if limit is None else Limits(size=_bytes(limit))))
 
 
 @zoo.command()
@@ -267,6 +325,22 @@ def circuits(
 
     cases, tried = ([n.strip() for n in text.split(",") if n] for text in (models, methods))
     bench_circuits(Bench(cases, tried, pairs, steps, seed, quick), file, out)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a folder or an archive is refused for, on stderr; exit code 1."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        print(f"mechmm: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _bytes(text: str) -> int:
+    from mechmm.runs.patch import bytes_of
+
+    return bytes_of(text)
 
 
 def _load(name: str):

@@ -11,6 +11,7 @@ every file at the end. Nothing in it is executed or unpickled.
 
 from __future__ import annotations
 
+import json
 import shutil
 import stat
 import struct
@@ -24,18 +25,8 @@ from typing import Any
 from uuid import uuid4
 
 from mechmm.runs.citation import citation
-from mechmm.runs.verify import (
-    BLOCK,
-    CITATION,
-    MANIFEST,
-    WEIGHTS,
-    expected,
-    file_digest,
-    is_inside,
-    parse_manifest,
-    read_manifest,
-    verify,
-)
+from mechmm.runs.paths import CITATION, MANIFEST, RESOLVED, WEIGHTS, parse_manifest, read_manifest
+from mechmm.runs.verify import BLOCK, expected, file_digest, is_inside, verify
 
 FILES = 100_000
 """Entries that an archive may have."""
@@ -90,7 +81,7 @@ def pack(
         The file.
 
     Raises:
-        FolderError: the folder is no run.
+        FileNotFoundError, RunError: the folder is no run.
         ArchiveError: the run does not verify, the weights are not those that it used or might
             run code when loaded, or the file has another ending.
         FileExistsError: the file exists.
@@ -113,13 +104,33 @@ def pack(
     return file
 
 
+def weights_of(folder: str | Path) -> Path:
+    """Where the model of a run lies on this machine.
+
+    Raises:
+        FileNotFoundError: nowhere.
+    """
+    from mechmm.runs.manifest import model_folder
+
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    name, revision = manifest["model"].get("name"), manifest["model"].get("revision")
+    found = model_folder(str(name), folder / manifest.get("base", "."), revision)
+    if found is None:
+        raise FileNotFoundError(
+            f"the model {name} of {folder} is not on this machine; say where it is with --model"
+        )
+    return found
+
+
 def _citation(
     folder: Path, manifest: Mapping[str, Any], digest: str, authors: Sequence[str]
 ) -> bytes:
     kept = folder / CITATION
     if kept.is_file():
         return kept.read_bytes()
-    return citation(manifest, digest, authors).encode()
+    question = json.loads((folder / RESOLVED).read_bytes()).get("question", "")
+    return citation(manifest, digest, authors, str(question)).encode()
 
 
 def _weights(
@@ -129,7 +140,7 @@ def _weights(
     source = Path(given) if given else folder / WEIGHTS
     if given is None and not source.is_dir():
         return {}
-    digests = manifest["model"].get("files") or {}
+    digests = manifest["model"].get("files", {})
     if not digests:
         raise ArchiveError(f"the manifest of {folder} has no hashes of the model's files")
     for name, digest in digests.items():
@@ -183,7 +194,7 @@ def unpack(
         ArchiveError: the file is no archive or a damaged one; an entry leads out of the folder, is
             no plain file, is not of the run, or may run code; there are too many entries or bytes;
             or what was unpacked does not verify.
-        FolderError: the manifest cannot be read, or is of a newer format.
+        RunError: the manifest cannot be read, or is of a newer format.
         FileExistsError: the folder holds something.
         FileNotFoundError: there is no such file.
     """

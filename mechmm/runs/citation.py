@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def citation(manifest: Mapping[str, Any], digest: str, authors: Sequence[str] = ()) -> str:
+def citation(
+    manifest: Mapping[str, Any], digest: str, authors: Sequence[str] = (), question: str = ""
+) -> str:
     """`CITATION.cff` from a run's manifest; add authors and a DOI before publishing.
 
     Args:
         manifest: of the run.
         digest: SHA-256 of the manifest's file.
         authors: names; default: one entry that says that they are not named.
+        question: that the run asked, for the title.
     """
     begun = str(manifest.get("started") or "")
     named = authors or (f"the authors of the run {manifest['name']}",)
@@ -21,7 +24,7 @@ def citation(manifest: Mapping[str, Any], digest: str, authors: Sequence[str] = 
         "cff-version: 1.2.0",
         "message: If you use this run, cite it as below.",
         "type: dataset",
-        f"title: {_text(manifest.get('question') or manifest['name'])}",
+        f"title: {_text(question or manifest['name'])}",
         f"abstract: {_text(_abstract(manifest))}",
         "authors:",
         *(f"  - name: {_text(name)}" for name in named),

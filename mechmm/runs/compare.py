@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from mechmm.runs.leaves import Leaf, column, leaves
+from mechmm.runs.paths import RESULTS
 
-RESULTS = "results"
 COLUMNS = ("step", "field", "same", "largest", "relative", "where", "first", "second", "why")
 UNEQUAL = math.inf
 """The relative difference of what no number can tell apart: texts, shapes, presence."""

@@ -13,10 +13,8 @@ import pandas as pd
 from rich.console import Console
 
 from mechmm.runs.compare import values
+from mechmm.runs.paths import HEADLINES, RESOLVED, RunError, read_manifest
 from mechmm.runs.terminal import print_table
-from mechmm.runs.verify import FolderError, read_manifest
-
-RESOLVED, HEADLINES = "resolved.json", "headlines.json"
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,8 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     """Compare two runs' folders, number by number.
 
     Raises:
-        FolderError: one is no run, is damaged, or is of a newer format.
+        FileNotFoundError: one is no run.
+        RunError: one is damaged, or of a newer format.
         ValueError: a result in one is damaged.
     """
     one, other = Path(first), Path(second)
@@ -132,7 +131,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise FolderError(f"{path} is missing or damaged ({error}); copy the run again") from error
+        raise RunError(f"{path} is missing or damaged ({error}); copy the run again") from error
 
 
 def print_difference(found: Difference, relative: float = -1.0) -> None:

@@ -8,21 +8,15 @@ The manifest itself is covered by the digest that `Verification` gives: cite it 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-FORMAT = 1
-"""Version of a run folder's layout that this module reads up to."""
-MANIFEST, CITATION, WEIGHTS, LOCK = "manifest.json", "CITATION.cff", "weights", ".lock"
+from mechmm.runs.paths import CITATION, FINISHED, LOCK, MANIFEST, WEIGHTS, damaged, read_manifest
+
 BLOCK = 1 << 20
-
-
-class FolderError(ValueError):
-    """A folder is no run, is damaged, or was written by a newer mechmm."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,8 @@ def verify(folder: str | Path) -> Verification:
     """Check every file of a run's folder against its manifest.
 
     Raises:
-        FolderError: the folder is no run, its manifest cannot be read, or its format is newer.
+        FileNotFoundError: the folder is no run.
+        RunError: its manifest cannot be read, or its format is newer.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -78,61 +73,24 @@ def verify(folder: str | Path) -> Verification:
         tuple(sorted(wanted.keys() - present.keys())),
         tuple(sorted(present.keys() - wanted.keys() - beside)),
         tuple(sorted(changed)),
-        manifest["state"] == "finished",
+        manifest["state"] == FINISHED,
         file_digest(folder / MANIFEST),
     )
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run.
-
-    Raises:
-        FolderError: as `verify`.
-    """
-    if not folder.is_dir():
-        raise FolderError(f"{folder} is no folder; give the folder of a run")
-    path = folder / MANIFEST
-    if path.is_symlink() or not path.is_file():
-        raise FolderError(f"{folder} is no run: it has no {MANIFEST}; give the --out of mechmm run")
-    return parse_manifest(path.read_bytes(), folder)
-
-
-def parse_manifest(data: bytes, where: str | Path) -> dict[str, Any]:
-    """A manifest from its bytes.
-
-    Raises:
-        FolderError: it cannot be read, lacks something, or its format is newer.
-    """
-    try:
-        manifest = json.loads(data)
-        number = manifest["format"]
-        newer = number > FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FolderError(_damaged(where, f"it is no JSON with a format ({error})")) from error
-    if newer:
-        raise FolderError(
-            f"{where} is a run of format {number}; this mechmm reads up to {FORMAT}: update it"
-        )
-    kinds = {"name": str, "state": str, "outputs": dict, "model": dict, "pairs": dict}
-    for key, kind in kinds.items():
-        if not isinstance(manifest.get(key), kind):
-            raise FolderError(_damaged(where, f"its {key!r} is no {kind.__name__}"))
-    return manifest
 
 
 def expected(manifest: Mapping[str, Any], where: str | Path) -> dict[str, str]:
     """SHA-256 by path within the folder, of what the manifest names and of the model's files.
 
     Raises:
-        FolderError: a path that leads out of the folder, or a value that is no SHA-256.
+        RunError: a path that leads out of the folder, or a value that is no SHA-256.
     """
-    weights = manifest["model"].get("files") or {}
+    weights = manifest["model"].get("files", {})
     named = {**manifest["outputs"], **{f"{WEIGHTS}/{name}": d for name, d in weights.items()}}
     for name, digest in named.items():
         if not is_inside(name):
-            raise FolderError(_damaged(where, f"it names the path {name!r}"))
+            raise damaged(where, f"it names the path {name!r}")
         if not (isinstance(digest, str) and len(digest) == 64):
-            raise FolderError(_damaged(where, f"the hash of {name!r} is {digest!r}"))
+            raise damaged(where, f"the hash of {name!r} is {digest!r}")
     return named
 
 
@@ -165,7 +123,3 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in folder.rglob("*"):
         if path.is_symlink() or not path.is_dir():
             yield str(PurePosixPath(path.relative_to(folder))), path
-
-
-def _damaged(where: str | Path, why: str) -> str:
-    return f"the {MANIFEST} of {where} is damaged: {why}; copy the run again or repeat it"

@@ -42,7 +42,13 @@ def write_run(folder: Path, result: Result | None = None, **manifest) -> Path:
     value = float(result.to_dataframe().iloc[0, -1])
     heads = [{"name": "first", "step": "objects", "value": value, "n": 1, "agrees": True}]
     (folder / "headlines.json").write_text(json.dumps(heads))
-    config = {"name": "made", "seed": 0, "steps": [{"name": "objects", "method": "ablate_tokens"}]}
+    asked = "Is it so?"
+    config = {
+        "name": "made",
+        "question": asked,
+        "seed": 0,
+        "steps": [{"name": "objects", "method": "ablate_tokens"}],
+    }
     (folder / "resolved.json").write_text(json.dumps(config))
     (folder / "config.toml").write_text('name = "made"\n')
     seal(folder, headlines=heads, **manifest)
@@ -57,7 +63,6 @@ def seal(folder: Path, **changed) -> None:
         "format": 1,
         "mechmm": "0.1.0",
         "name": "made",
-        "question": "Is it so?",
         "state": "finished",
         "started": "2026-11-27T10:00:00+00:00",
         "packages": {"torch": "2.13.0", "transformers": "5.23.0"},

@@ -10,7 +10,8 @@ import pytest
 from made import digest, inside, link, seal, with_entries, write_run
 
 from mechmm.runs.archive import ArchiveError, Limits, pack, unpack
-from mechmm.runs.verify import FolderError, verify
+from mechmm.runs.paths import RunError
+from mechmm.runs.verify import verify
 
 
 @pytest.fixture
@@ -208,12 +209,12 @@ def test_an_archive_of_a_newer_format_is_refused(run, archive, tmp_path):
     with zipfile.ZipFile(newer, "w") as file:
         for name, data in inside(run).items():
             file.writestr(f"made/{name}", data)
-    refused(newer, tmp_path / "back", "format 2; this mechmm reads up to 1", FolderError)
+    refused(newer, tmp_path / "back", "format 2; this mechmm reads up to 1", RunError)
 
 
 def test_a_manifest_that_names_a_path_outside_is_refused(run, tmp_path):
     seal(run, outputs={"../../evil": "0" * 64})
-    with pytest.raises(FolderError, match=r"it names the path '\.\./\.\./evil'"):
+    with pytest.raises(RunError, match=r"it names the path '\.\./\.\./evil'"):
         verify(run)
 
 

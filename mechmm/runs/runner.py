@@ -1,0 +1,462 @@
+"""Runs a config: pairs, steps chunk by chunk, headlines, manifest, into one folder.
+
+Every chunk is written whole or not at all, and what is written is read back before it is joined, so
+that a run that was killed and resumed ends with the same files as one that was not.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+import mechmm
+from mechmm.data.pairs import PairDataset, PairError
+from mechmm.model.hooked import HookedMultimodal
+from mechmm.results.result import Result, concat
+from mechmm.results.store import write_whole
+from mechmm.runs import headlines as heads
+from mechmm.runs import makers, manifest
+from mechmm.runs.arguments import Scene
+from mechmm.runs.config import Config, Model, PairSet, Step
+from mechmm.runs.config import load as load_config
+from mechmm.runs.folder import Run, load_result, locked, sweep_up
+from mechmm.runs.methods import METHODS
+from mechmm.runs.paths import (
+    FIGURES,
+    FINISHED,
+    FORMAT,
+    GIVEN,
+    HEADLINES,
+    MANIFEST,
+    PAIRS,
+    RESOLVED,
+    RESULTS,
+    RUNNING,
+    STEPS,
+    RunError,
+)
+from mechmm.runs.terminal import progress
+
+SAME = ("torch", "transformers", "transformer-lens")
+"""Packages whose version a resumed run must share with its beginning."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C; what is finished is kept."""
+
+
+def run(
+    config: Config | str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    saved: Path | None = None,
+    source: Path | None = None,
+) -> Run:
+    """Run a config into a new folder.
+
+    Args:
+        config: from `mechmm.runs.config.load`, or the path of its file.
+        overrides: `key=value` each, where config is a path.
+        saved: folder of the sets of pairs, which are read there instead of being made.
+        source: folder of the model's files, if not where the config says.
+
+    Raises:
+        ConfigError: a config that cannot be run.
+        RunError: a folder that is not empty; a model or pairs with another digest than stated.
+        PairError, ValueError, OSError: pairs, model or a step's input that cannot be used. Nothing
+            is left behind where this happens before the first chunk is finished.
+        Interrupted: Ctrl-C; `resume` goes on from there.
+    """
+    if not isinstance(config, Config):
+        config = load_config(config, overrides)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} is not empty; give a new folder, or go on with --resume {out}")
+    start = time.monotonic()
+    model, facts = _model(config.model, config.base, source)
+    sets = {
+        name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
+        for name, one in config.pairs.items()
+    }
+    job = _Job(config, out, model, sets, start)
+    job.check()
+    job.begin(facts)
+    with locked(out):
+        return job.go()
+
+
+def resume(folder: str | Path) -> Run:
+    """Go on with a run that was interrupted or killed; only what is missing is computed.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        RunError: somebody else is writing; the config, the model, the pairs or a package changed
+            since the run began; a newer format.
+        Interrupted: Ctrl-C.
+    """
+    folder = Path(folder)
+    found = Run.open(folder)
+    with locked(folder):
+        sweep_up(folder)
+        found = Run.open(folder)
+        if found.finished:
+            return found
+        _check_unchanged(found)
+        config, start = found.config, time.monotonic() - found.manifest["seconds"]
+        model, facts = _model(config.model, config.base)
+        if facts["files"] != found.manifest["model"]["files"]:
+            raise RunError(
+                f"the files of the model {config.model.name} changed since the run began"
+            )
+        sets = {name: makers.loaded(folder / PAIRS / name, model) for name in config.pairs}
+        for name, pairs in sets.items():
+            if pairs.content_hash() != found.manifest["pairs"][name]["sha256"]:
+                raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
+        return _Job(config, folder, model, sets, start).go()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A config with its model and pairs, and the folder that it writes into."""
+
+    config: Config
+    out: Path
+    model: HookedMultimodal
+    sets: Mapping[str, PairDataset]
+    start: float
+
+    def scene(self) -> Scene:
+        return Scene(self.model, self.sets, self._result, self.config.base)
+
+    def _result(self, step: str) -> Result:
+        return load_result(self.out / RESULTS / step)
+
+    # Beginning -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse, before anything runs, sites that the model does not have."""
+        for step in self.config.steps:
+            method = METHODS[step.method]
+            for name, value in step.options.items():
+                argument = method.argument(name)
+                if argument is not None and not _refers(value):
+                    with _about(step):
+                        argument.make(value, self.scene())
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Make the folder with all that is known before the first step, in one rename."""
+        out = self.out.absolute()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        near = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
+        near.mkdir()
+        try:
+            (near / GIVEN).write_bytes(self.config.given)
+            _write(near / RESOLVED, _resolved(self.config))
+            for name, pairs in self.sets.items():
+                pairs.save(near / PAIRS / name)
+            _write(near / MANIFEST, self._manifest(facts, near))
+            if out.exists():
+                out.rmdir()
+            near.rename(out)
+        finally:
+            shutil.rmtree(near, ignore_errors=True)
+
+    def _manifest(self, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        config = self.config
+        return {
+            "format": FORMAT,
+            "mechmm": mechmm.__version__,
+            "name": config.name,
+            "state": RUNNING,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "peak_memory_bytes": 0,
+            "device": str(self.model.device),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "seed": config.seed,
+            "base": Path(os.path.relpath(config.base, self.out.absolute())).as_posix(),
+            **manifest.machine(),
+            "processor": manifest.processor(self.model.device),
+            "lock_sha256": manifest.lock_digest(config.base),
+            "git": manifest.git(config.base),
+            "model": dict(facts),
+            "pairs": {
+                name: {"n": len(pairs), "sha256": pairs.content_hash()}
+                for name, pairs in self.sets.items()
+            },
+            "outputs": manifest.outputs(folder),
+            "headlines": [],
+            "verdict": "",
+        }
+
+    # Running ---------------------------------------------------------------------------------
+
+    def go(self) -> Run:
+        """Compute what is missing and finish."""
+        try:
+            with _interruptible() as stopped:
+                for step in self.config.steps:
+                    self._step(step, stopped)
+        except KeyboardInterrupt:
+            self._note()
+            raise Interrupted(
+                f"interrupted; what is finished is kept, go on with: mechmm run --resume {self.out}"
+            ) from None
+        except Exception as error:
+            self._fail(error)
+            raise
+        return self._finish()
+
+    def _step(self, step: Step, stopped: threading.Event) -> None:
+        joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
+        if not joined.exists():
+            parts = self._chunks(step)
+            with progress(step.name) as report:
+                for number, part in enumerate(parts):
+                    place = chunks / f"{number:05d}"
+                    if not place.exists():
+                        with _about(step):
+                            found = self._run(step, part, number, len(parts), report)
+                        if stopped.is_set():  # some methods end an interrupted run with NaN
+                            raise KeyboardInterrupt
+                        found.save(place)
+                        self._note()
+            folders = [chunks / f"{number:05d}" for number in range(len(parts))]
+            if len(folders) == 1:
+                joined.parent.mkdir(exist_ok=True)
+                folders[0].rename(joined)
+            else:
+                with _about(step):
+                    concat([load_result(folder) for folder in folders]).save(joined)
+        if chunks.exists():
+            shutil.rmtree(chunks)
+        self._show(step)
+
+    def _run(self, step: Step, part: Scene, number: int, count: int, report: Any) -> Result:
+        def told(done: int, total: int) -> None:
+            report(number * total + done, count * total)
+
+        method, tokens = METHODS[step.method], self.config.engine.tokens
+        return method.run(step.options, part, tokens=tokens, report=told)
+
+    def _chunks(self, step: Step) -> list[Scene]:
+        """What the step runs on, one chunk after another."""
+        method, scene = METHODS[step.method], self.scene()
+        used = set(method.sets(step.options).values())
+        sizes = {len(self.sets[name]) for name in used}
+        if not method.chunked or len(sizes) != 1:
+            return [scene]
+        (size,), chunk = sizes, self.config.engine.chunk
+        starts = range(0, size, chunk)
+        return [
+            replace(scene, pairs={name: self.sets[name][at : at + chunk] for name in used})
+            for at in starts
+        ]
+
+    def _show(self, step: Step) -> None:
+        """The table and the figures of a step."""
+        found = self._result(step.name)
+        table = found.to_dataframe()
+        write_whole(
+            self.out / RESULTS / f"{step.name}.csv",
+            table.to_csv(index=table.index.name is not None, lineterminator="\n").encode(),
+        )
+        for key, figure in figures(found).items():
+            path = self.out / FIGURES / f"{step.name}.{key}.json"
+            write_whole(path, figure.to_json().encode())
+
+    # Ending ----------------------------------------------------------------------------------
+
+    def _finish(self) -> Run:
+        if (self.out / STEPS).exists():
+            shutil.rmtree(self.out / STEPS)
+        tables = {
+            name: self._result(name).to_dataframe()
+            for name in {headline.step for headline in self.config.headlines}
+        }
+        found = [heads.measured(one, tables[one.step]) for one in self.config.headlines]
+        _write(self.out / HEADLINES, found)
+        self._note(headlines=found, verdict=heads.verdict(found))
+        write_page(self.out)
+        self._note(state=FINISHED, outputs=manifest.outputs(self.out))
+        return Run.open(self.out)
+
+    def _note(self, **changes: Any) -> None:
+        """Bring the manifest up to date."""
+        known = dict(Run.open(self.out).manifest)
+        peak = max(known["peak_memory_bytes"], manifest.peak_memory())
+        seconds = round(time.monotonic() - self.start, 1)
+        _write(
+            self.out / MANIFEST,
+            {**known, "seconds": seconds, "peak_memory_bytes": peak, **changes},
+        )
+
+    def _fail(self, error: Exception) -> None:
+        """A run that has finished nothing leaves nothing behind."""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RunError(
+                f"the disk is full; finished chunks are intact: make room, then go on with "
+                f"mechmm run --resume {self.out}"
+            ) from error
+        if not any((self.out / name).exists() for name in (STEPS, RESULTS)):
+            shutil.rmtree(self.out)
+
+
+def figures(result: Result) -> dict[str, Any]:
+    """What a result draws by itself, by a name that fits a file."""
+    plot = getattr(result, "plot", None)
+    if plot is None:
+        return {}
+    try:
+        drawn = plot()
+    except TypeError:  # one that needs to be told what to draw
+        return {}
+    found = drawn if isinstance(drawn, Mapping) else {"figure": drawn}
+    return {_slug(str(key)): figure for key, figure in found.items()}
+
+
+def write_page(folder: Path) -> None:
+    """The report, where this mechmm can write one."""
+    if find_spec("mechmm.runs.page") is not None:
+        from importlib import import_module
+
+        import_module("mechmm.runs.page").write(folder)
+
+
+def _slug(key: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in key)
+
+
+def _model(
+    config: Model, base: Path, given: Path | None = None
+) -> tuple[HookedMultimodal, dict[str, Any]]:
+    """The model, and what the manifest says of it."""
+    place = (config.name, base) if given is None else (str(given.absolute()), Path())
+    files = manifest.model_files(*place, config.revision)
+    if files:
+        _check_model(config, files)
+    options = {
+        "revision": config.revision,
+        "device": config.device,
+        "device_map": config.device_map,
+        "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
+    }
+    source = base / config.name if given is None else given
+    model = HookedMultimodal.from_pretrained(source if source.is_dir() else config.name, **options)
+    if not files:  # now the hub's snapshot is there
+        files = manifest.model_files(*place, config.revision)
+        _check_model(config, files)
+    facts = {"name": config.name, "revision": config.revision, "files": files}
+    return model, {**facts, "sha256": manifest.combined(files)}
+
+
+def _check_model(config: Model, files: Mapping[str, str]) -> None:
+    if config.sha256 is not None and manifest.combined(files) != config.sha256:
+        raise RunError(
+            f"the files of the model {config.name} have the digest {manifest.combined(files)}, not "
+            f"{config.sha256} as the config says"
+        )
+
+
+def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
+    """A set of pairs."""
+    try:
+        if one.folder is not None:
+            pairs = makers.loaded(config.base / one.folder, model)
+        else:
+            pairs = makers.made(str(one.make), one.options, model)
+        if one.corrupt is not None:
+            pairs = makers.corrupted(pairs, one.corrupt, Scene(model, {}, _nothing, config.base))
+        pairs = makers.kept(pairs, one.keep, one.name)
+    except PairError as error:
+        raise PairError(f"pairs.{one.name}: {error}") from error
+    if one.sha256 not in (None, pairs.content_hash()):
+        raise RunError(
+            f"pairs.{one.name} have the digest {pairs.content_hash()}, not {one.sha256} as the "
+            "config says"
+        )
+    return pairs
+
+
+def _nothing(step: str) -> Result:
+    raise KeyError(step)
+
+
+def _refers(value: Any) -> bool:
+    """Whether a value is made of an earlier step's result."""
+    if isinstance(value, list):
+        return any(_refers(each) for each in value)
+    return isinstance(value, Mapping) and "step" in value
+
+
+def _resolved(config: Config) -> dict[str, Any]:
+    return {**config.to_dict(), "overrides": list(config.overrides)}
+
+
+def _write(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(path, f"{text}\n".encode())
+
+
+def _check_unchanged(found: Run) -> None:
+    """Refuse to go on with another config or other libraries."""
+    known = found.manifest
+    for name in (GIVEN, RESOLVED):
+        path = found.folder / name
+        if not path.is_file() or manifest.digest(path) != known["outputs"].get(name):
+            raise RunError(
+                f"{path} changed since the run began; put it back, or begin anew in another folder"
+            )
+    now = {"mechmm": mechmm.__version__, **manifest.packages()}
+    before = {"mechmm": known["mechmm"], **known["packages"]}
+    for name in ("mechmm", *SAME):
+        if now.get(name) != before.get(name):
+            raise RunError(
+                f"the run began with {name} {before.get(name)}, this is {now.get(name)}: its "
+                "numbers would not belong together; install that version, or begin anew"
+            )
+
+
+@contextmanager
+def _about(step: Step) -> Iterator[None]:
+    """Say of an error in which step it is."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise RunError(f"step {step.name!r} ({step.method}): {text}") from error
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Know of Ctrl-C even where a method takes it to end early; yields whether it came."""
+    stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
