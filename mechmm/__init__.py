@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mechmm import data
+    from mechmm import data, runs
     from mechmm.data.contrast import contrasted
     from mechmm.data.metrics import accuracy, flipped, kl, log_prob, logit_diff, prob
     from mechmm.data.pairs import Pair, PairDataset, Prompt
@@ -117,7 +117,7 @@ _HOME = {
     "mechmm.results.steered": ("Steered",),
     "mechmm.results.units": ("Units",),
 }
-_MODULES = {"data": "mechmm.data", "sites": "mechmm.engine.sites"}
+_MODULES = {"data": "mechmm.data", "runs": "mechmm.runs", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
 
 __all__ = [
@@ -207,6 +207,7 @@ __all__ = [
     "prob",
     "probe",
     "pruning_curve",
+    "runs",
     "sites",
     "steering",
     "subspace_interchange",

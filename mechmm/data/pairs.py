@@ -128,6 +128,7 @@ class PairBatch:
         answers: answers and foils as the metrics need them.
         indices: number of each pair in its dataset.
         pairs: the pairs.
+        whole: number of each pair in what the dataset is a part of; empty: it is no part.
     """
 
     clean: Batch
@@ -135,9 +136,15 @@ class PairBatch:
     answers: Answers
     indices: tuple[int, ...]
     pairs: tuple[Pair, ...]
+    whole: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """What random choices for a pair are drawn by: the same in a part as in the whole."""
+        return self.whole or self.indices
 
     @property
     def foils(self) -> Answers:
@@ -253,6 +260,11 @@ class PairDataset(Sequence[Pair]):
             raise ValueError(f"a batch of {size} pairs is impossible; give a size of 1 or more")
         starts = range(0, len(self), size)
         return (self.batch(range(start, min(start + size, len(self)))) for start in starts)
+
+    @property
+    def first(self) -> PairBatch:
+        """The first pair; in a `Part` that of the whole."""
+        return self.batch([0])
 
     def batch(self, numbers: Sequence[int]) -> PairBatch:
         """Some pairs together, by number, with every span of the dataset."""

@@ -241,15 +241,15 @@ def check_places(sites: Sites, batch: PairBatch, seed: int) -> None:
     Raises:
         SiteError: with the pair, the span and both sizes.
     """
-    other = located(sites, batch.corrupt.layout, seed, batch.indices)
-    mine = located(sites, batch.clean.layout, seed, batch.indices)
+    other = located(sites, batch.corrupt.layout, seed, batch.numbers)
+    mine = located(sites, batch.clean.layout, seed, batch.numbers)
     counts = [np.bincount(p.trial, minlength=len(p.prompts)) for p in (mine, other)]
     unequal = np.flatnonzero(counts[0] != counts[1])
     if len(unequal):
         site, prompt = divmod(int(unequal[0]), len(batch))
         row, sizes = sites.table.iloc[site], [int(count[unequal[0]]) for count in counts]
         raise SiteError(
-            f"pair {batch.indices[prompt]}: span {row['span']!r} at {row['hook']} has {sizes[0]} "
+            f"pair {batch.numbers[prompt]}: span {row['span']!r} at {row['hook']} has {sizes[0]} "
             f"positions in the clean prompt and {sizes[1]} in the corrupt one; make them equal or "
             "drop the pair"
         )

@@ -180,7 +180,7 @@ class _Compiler:
         """What the cells of a batch run."""
         sweep = self.sweep
         base = getattr(batch, sweep.base)
-        places = located(sweep.sites, base.layout, sweep.seed, batch.indices)
+        places = located(sweep.sites, base.layout, sweep.seed, batch.numbers)
         spots = [self.spots[hook] for hook in places.hooks]
         starts = predicted_starts(self.model, base.layout)
         if sweep.source in ("clean", "corrupt"):

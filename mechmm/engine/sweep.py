@@ -149,7 +149,7 @@ class _Run:
         donor = Donor(*what, size, sweep.state)
         for batch in sweep.pairs.batches(size):
             base = getattr(batch, sweep.base)
-            places = located(sweep.sites, base.layout, sweep.seed, batch.indices)
+            places = located(sweep.sites, base.layout, sweep.seed, batch.numbers)
             check_places(sweep.sites, batch, sweep.seed)
             answers = prepared(sweep.model, batch.clean, batch.answers, sweep.metric)
             parts = readings(base, answers, sweep.metric)

@@ -387,7 +387,7 @@ def patch(
     )
     if screen is not None:
         check_gradient(model, pairs, metric, sweep.base)
-    first = next(iter(pairs.batches(1))).clean
+    first = pairs.first.clean
     null_sites = random_like(sites, first.layout, n_null, seed)
     unpatched: Base = "clean" if sweep.base == "corrupt" else "corrupt"
     other = baseline(model, pairs, metric, unpatched, batch_size)

@@ -230,7 +230,7 @@ class _Pruned:
         route = Route.of("image->all", self.model)
         _, weights = attending(self.model, batch.clean, [self.layer])
         attended = weights[0].cpu().numpy()
-        for prompt, pair in enumerate(batch.indices):
+        for prompt, pair in enumerate(batch.numbers):
             for cell, dropped in enumerate(self._dropped(batch, attended[prompt], prompt, pair)):
                 own = self._hidden(batch, dropped, prompt)
                 hidden[cell, prompt] = lengthened(own, route, batch.clean, part.batch, prompt)

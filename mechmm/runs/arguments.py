@@ -5,6 +5,7 @@ Everything is checked before a model is loaded (`check`) and made when its step 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
@@ -16,7 +17,7 @@ from mechmm.data.pairs import PairDataset
 from mechmm.engine import sites
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result
-from mechmm.runs.hints import Misfit, cast, parameters
+from mechmm.runs.hints import MisfitError, cast, parameters
 from mechmm.runs.place import Place
 
 METRICS = {**metrics.METRICS, "flipped": metrics.flipped}
@@ -50,11 +51,14 @@ CIRCUIT = ("n", "fraction", "threshold", "signed", "greedy", "prune")
 
 @dataclass(frozen=True)
 class Known:
-    """What a step may refer to: names of sets of pairs, and earlier steps with their methods."""
+    """What a step may refer to: names of sets of pairs, and earlier steps with their methods; the
+    folder that paths start from, and the seed of steps that name none."""
 
     sets: Sequence[str]
     steps: Mapping[str, str]
     later: Sequence[str] = ()
+    base: Path = Path()
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,8 @@ class Earlier:
             raise at.error(f"step {name!r} comes later; put it before this one")
         at.choice(name, list(known.steps), "step")
         if known.steps[name] not in self.methods:
-            raise at.error(
-                f"step {name!r} is {known.steps[name]}; give one that is {' or '.join(self.methods)}"
-            )
+            wanted = " or ".join(self.methods)
+            raise at.error(f"step {name!r} is {known.steps[name]}; give one that is {wanted}")
         return name
 
 
@@ -211,6 +214,27 @@ class Circuit:
         if len(sizes) != 1:
             raise place.error("give one of `n`, `fraction` and `threshold`, the circuit's size")
         return {"step": name, **filled(Attribution.circuit, rest, place, given=("self",))}
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Folders (relative to the config) or hub names of checkpoints."""
+
+    def check(self, value: Any, place: Place, known: Known) -> Any:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise place.error(f"must be a list of folders or hub names, not {value!r}")
+        return [local(each, known.base) for each in value]
+
+    def make(self, value: Any, scene: Scene) -> Any:
+        return [str(scene.base / each) if (scene.base / each).is_dir() else each for each in value]
+
+
+def local(name: str, base: Path) -> str:
+    """A folder's path relative to the config; any other name as it is."""
+    given = Path(name).expanduser()
+    if given.is_absolute() or (base / given).is_dir():
+        return Path(os.path.relpath(base / given, base)).as_posix()
+    return name
 
 
 # Plain values --------------------------------------------------------------------------------
@@ -261,13 +285,13 @@ def plain(name: str, hint: Any, default: Any, options: Mapping[str, Any], place:
     if name in options:
         try:
             return jsonable(cast(options[name], hint))
-        except Misfit as error:
+        except MisfitError as error:
             raise place.at(name).error(str(error)) from None
     if default is Parameter.empty:
         raise place.error(f"missing key `{name}`")
     try:
         return jsonable(cast(jsonable(default), hint))
-    except (Misfit, TypeError):
+    except (MisfitError, TypeError):
         return Ellipsis
 
 

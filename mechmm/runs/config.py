@@ -7,7 +7,6 @@ error names the file, the line where it can be found, and the key.
 
 from __future__ import annotations
 
-import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from mechmm.engine.calibrate import DEFAULT
-from mechmm.runs.arguments import Known
+from mechmm.runs.arguments import Known, local
 from mechmm.runs.expectation import Expectation
-from mechmm.runs.hints import Misfit, cast
+from mechmm.runs.hints import MisfitError, cast
 from mechmm.runs.lines import lines_of
 from mechmm.runs.makers import KEEP, MAKERS, check_corruption, check_options
 from mechmm.runs.methods import METHODS
@@ -188,7 +187,7 @@ def parse(
         raise place.at("format").error(f"this mechmm reads format {FORMAT}, not {raw['format']!r}")
     seed = _value(raw, "seed", int, place, 0)
     pairs = _sets(raw, place, base, seed)
-    steps = _steps(raw, place, pairs, seed)
+    steps = _steps(raw, place, pairs, base, seed)
     name = _value(raw, "name", str, place)
     if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
         raise place.at("name").error(f"{name!r} must be letters, digits, `_`, `-` and `.`")
@@ -221,14 +220,6 @@ def _model(raw: Mapping[str, Any], place: Place, base: Path) -> Model:
     return Model(**{**asdict(found), "name": local(found.name, base)})
 
 
-def local(name: str, base: Path) -> str:
-    """A folder's path relative to the config; any other name as it is."""
-    folder = base / Path(name).expanduser()
-    if Path(name).expanduser().is_absolute() or folder.is_dir():
-        return Path(os.path.relpath(folder, base)).as_posix()
-    return name
-
-
 def _sets(raw: Mapping[str, Any], place: Place, base: Path, seed: int) -> dict[str, PairSet]:
     place = place.at("pairs")
     table = raw.get("pairs", {})
@@ -259,12 +250,12 @@ def _set(name: str, value: Any, place: Place, base: Path, seed: int) -> PairSet:
 
 
 def _steps(
-    raw: Mapping[str, Any], place: Place, sets: Mapping[str, PairSet], seed: int
+    raw: Mapping[str, Any], place: Place, sets: Mapping[str, PairSet], base: Path, seed: int
 ) -> tuple[Step, ...]:
     rows = _rows(raw, "steps", place)
     if not rows:
         raise place.at("steps").error("there are no steps; give at least one [[steps]]")
-    names = [row.get("name") for row in rows]
+    names = [str(row.get("name")) for row in rows]
     found: list[Step] = []
     for number, row in enumerate(rows):
         at = place.at("steps").at(number)
@@ -273,10 +264,9 @@ def _steps(
         if name in names[:number]:
             raise at.at("name").error(f"two steps are named {name!r}")
         at.at("method").choice(method, METHODS, "method")
-        known = Known(tuple(sets), {s.name: s.method for s in found}, names[number:])
+        earlier = {step.name: step.method for step in found}
+        known = Known(tuple(sets), earlier, names[number:], base, seed)
         options = {key: value for key, value in row.items() if key not in ("name", "method")}
-        if "seed" in METHODS[method].parameters:
-            options = {"seed": seed, **options}
         found.append(Step(name, method, METHODS[method].check(options, at, known)))
     return tuple(found)
 
@@ -331,7 +321,7 @@ def _value(raw: Mapping[str, Any], key: str, hint: Any, place: Place, *default: 
         raise place.error(f"missing key `{key}`")
     try:
         return cast(raw[key], hint)
-    except Misfit as error:
+    except MisfitError as error:
         raise place.at(key).error(str(error)) from None
 
 

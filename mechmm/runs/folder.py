@@ -31,7 +31,7 @@ from mechmm.runs.place import Place
 
 @dataclass(frozen=True)
 class Run:
-    """A run in its folder; `Run.open(folder)`, public as `mechmm.runs.open`.
+    """A run in its folder; from `mm.runs.open`.
 
     Attributes:
         folder: where it lies. manifest: what is known of how it was made.
@@ -106,6 +106,11 @@ class Run:
                 f"{self.folder} has no result of a step {step!r}; it has those of "
                 f"{', '.join(self.steps) or 'none'}"
             )
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in a folder; errors as `Run.open`."""
+    return Run.open(folder)
 
 
 def load_result(folder: Path) -> Result:

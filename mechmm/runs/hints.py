@@ -13,7 +13,7 @@ NONE = "none"
 """What a config says for None, which TOML does not have."""
 
 
-class Misfit(ValueError):
+class MisfitError(ValueError):
     """A value is none of a hint's."""
 
 
@@ -29,14 +29,14 @@ def cast(value: Any, hint: Any) -> Any:
     """A TOML value as the hint has it: lists as tuples, whole numbers as numbers, "none" as None.
 
     Raises:
-        Misfit: the value is none of the hint's.
+        MisfitError: the value is none of the hint's.
     """
     for option in _options(hint):
         try:
             return _cast(value, option)
-        except Misfit:
+        except MisfitError:
             continue
-    raise Misfit(f"must be {said(hint)}, not {value!r}")
+    raise MisfitError(f"must be {said(hint)}, not {value!r}")
 
 
 def said(hint: Any) -> str:
@@ -77,13 +77,13 @@ def _cast(value: Any, hint: Any) -> Any:
         return _cast_list(value, origin, args)
     if origin is not None and issubclass_safe(origin, Mapping) and isinstance(value, dict):
         return {_key(key, args[0]): cast(item, args[1]) for key, item in value.items()}
-    raise Misfit
+    raise MisfitError
 
 
 def _cast_list(value: Sequence[Any], origin: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if origin is tuple and args and args[-1] is not Ellipsis:
         if len(args) != len(value):
-            raise Misfit
+            raise MisfitError
         return tuple(cast(item, arg) for item, arg in zip(value, args, strict=True))
     return tuple(cast(item, args[0] if args else Any) for item in value)
 
@@ -92,7 +92,7 @@ def _key(key: str, hint: Any) -> Any:
     if hint is not int:
         return key
     if not key.lstrip("-").isdigit():
-        raise Misfit
+        raise MisfitError
     return int(key)
 
 

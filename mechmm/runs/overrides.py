@@ -1,4 +1,4 @@
-"""Values of a config that the command line sets: `pairs.color.n=8`, `steps.objects.spans='["a"]'`."""
+"""Values of a config that the command line sets: `pairs.color.n=8`, `steps.a.spans='["b"]'`."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ import torch
 
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
+from mechmm.data.part import Part
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
@@ -128,7 +129,9 @@ def resume(folder: str | Path) -> Run:
         for name, pairs in sets.items():
             if pairs.content_hash() != found.manifest["pairs"][name]["sha256"]:
                 raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
-        return _Job(config, folder, model, sets, start).go()
+        job = _Job(config, folder, model, sets, start)
+        job.check_checkpoints(found.manifest.get("checkpoints", {}))
+        return job.go()
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ class _Job:
             "lock_sha256": manifest.lock_digest(config.base),
             "git": manifest.git(config.base),
             "model": dict(facts),
+            "checkpoints": self._checkpoints(),
             "pairs": {
                 name: {"n": len(pairs), "sha256": pairs.content_hash()}
                 for name, pairs in self.sets.items()
@@ -204,6 +208,18 @@ class _Job:
             "headlines": [],
             "verdict": "",
         }
+
+    def _checkpoints(self) -> dict[str, str]:
+        """SHA-256 over the files of every checkpoint of a step."""
+        named = [n for step in self.config.steps for n in step.options.get("checkpoints", ())]
+        files = {name: manifest.model_files(name, self.config.base) for name in named}
+        return {name: manifest.combined(found) for name, found in files.items()}
+
+    def check_checkpoints(self, known: Mapping[str, str]) -> None:
+        """Refuse checkpoints other than those that the run began with."""
+        for name, found in self._checkpoints().items():
+            if found != known.get(name):
+                raise RunError(f"the files of checkpoint {name} changed since the run began")
 
     # Running ---------------------------------------------------------------------------------
 
@@ -260,12 +276,12 @@ class _Job:
         method, scene = METHODS[step.method], self.scene()
         used = set(method.sets(step.options).values())
         sizes = {len(self.sets[name]) for name in used}
-        if not method.chunked or len(sizes) != 1:
+        if not method.chunked(step.options) or len(sizes) != 1:
             return [scene]
         (size,), chunk = sizes, self.config.engine.chunk
         starts = range(0, size, chunk)
         return [
-            replace(scene, pairs={name: self.sets[name][at : at + chunk] for name in used})
+            replace(scene, pairs={name: Part(self.sets[name], at, chunk) for name in used})
             for at in starts
         ]
 

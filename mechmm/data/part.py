@@ -1,0 +1,42 @@
+"""Parts of a dataset on which results are what they are on the whole.
+
+A run that goes through its pairs in parts must find what one pass finds. So a part has every span
+of the whole, counts its pairs as the whole does where something random is drawn for each pair, and
+takes from the first pair of the whole what is taken from a first pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from mechmm.data.pairs import PairBatch, PairDataset
+
+
+class Part(PairDataset):
+    """Some neighbouring pairs of a dataset, which need no second check."""
+
+    def __init__(self, whole: PairDataset, start: int, size: int) -> None:
+        """The pairs from number `start` on, `size` or as many as there are.
+
+        Raises:
+            PairError: there are none.
+        """
+        part = whole[start : start + size]
+        self.pairs, self.model = part.pairs, part.model
+        self.source, self.start = whole, start
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """Names of all spans of the whole."""
+        return self.source.spans
+
+    @property
+    def first(self) -> PairBatch:
+        """The first pair of the whole."""
+        return self.source.first
+
+    def batch(self, numbers: Sequence[int]) -> PairBatch:
+        """As `PairDataset.batch`; numbers are those of the part."""
+        whole = tuple(self.start + number for number in numbers)
+        return replace(super().batch(numbers), whole=whole)
