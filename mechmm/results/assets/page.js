@@ -12,6 +12,7 @@
   };
   // What is text, and the colours of values, which mean the same in the dark.
   const KEPT = new Set(["colorscale", "text", "ticktext", "hovertext", "name", "source", "label"]);
+  const BUTTONS = 28; // pixels above a figure, for its buttons
   const METHODS = new Set(["restyle", "relayout", "update"]);
 
   function recolored(value, key) {
@@ -43,7 +44,7 @@
       const name = document.createElement("output");
       const label = document.createElement("label");
       label.className = "slider";
-      label.append(plain(currentvalue.prefix ?? ""), name, input);
+      label.append(`${plain(currentvalue.prefix ?? "")} `, name, input);
       this.place.closest(".plot").append(label);
       const show = () => {
         const step = steps[input.value];
@@ -61,14 +62,16 @@
       const layout = isDark ? recolored(kept) : structuredClone(kept);
       const margin = { ...layout.margin };
       if (title?.text) {
-        layout.height -= Math.max(0, (margin.t ?? 100) - 8);
-        margin.t = 8;
+        layout.height -= Math.max(0, (margin.t ?? 100) - BUTTONS);
+        margin.t = BUTTONS;
       }
+      layout.paper_bgcolor = "rgba(0,0,0,0)";
       if (isDark) {
-        layout.paper_bgcolor = "rgba(0,0,0,0)";
         layout.plot_bgcolor ??= "rgba(0,0,0,0)";
         layout.font = { color: DARK["#1f2328"], ...layout.font };
       }
+      layout.modebar = { bgcolor: "rgba(0,0,0,0)" };
+      if (isDark) Object.assign(layout.modebar, { color: "#768390", activecolor: "#e6edf3" });
       if (touch.matches) layout.dragmode = false;
       return { ...layout, margin };
     }
@@ -118,7 +121,9 @@
   // What scrolls sideways has to be reachable by keyboard.
   function scrolling() {
     for (const box of document.querySelectorAll(".wide")) {
-      if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+      const wider = box.scrollWidth > box.clientWidth;
+      box.classList.toggle("wider", wider);
+      if (wider) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
     }
   }

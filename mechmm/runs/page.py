@@ -1,0 +1,230 @@
+"""A run on one page: what was asked and expected, what came out, and how to do it again.
+
+The page holds no time and no memory, so that a run that was taken up again has the same page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.io
+from plotly.graph_objects import Figure
+
+from mechmm.data.pairs import PairDataset
+from mechmm.methods.attribution import Attribution
+from mechmm.results.circuit import Circuit
+from mechmm.results.graph import Graph
+from mechmm.results.report import (
+    Block,
+    Captioned,
+    Code,
+    Download,
+    Facts,
+    Folded,
+    Number,
+    Page,
+    Row,
+    Section,
+)
+from mechmm.results.result import Result
+from mechmm.runs.said import control_of, number_text, verdict_of
+
+REPORT = "report.html"
+PASSING = ("started", "seconds", "peak_memory_bytes", "outputs", "headlines", "state")
+"""Of a manifest: what is not the same when a run is taken up again, or stands elsewhere."""
+SHARE = 0.02
+"""Of edges, in the figure of scores of which no later step takes a circuit."""
+_SHOWN = 12
+
+
+def write(folder: str | Path) -> Path:
+    """Make the page of a run and save it in its folder as `report.html`; returns its path."""
+    folder = Path(folder)
+    return page(folder).save(folder / REPORT)
+
+
+def page(folder: str | Path) -> Page:
+    """The page of a run, from its folder alone.
+
+    Raises:
+        FileNotFoundError, ValueError: what the page shows is not in the folder, or is damaged.
+    """
+    run = _Files(Path(folder))
+    config = run.json("resolved.json")
+    sections = [
+        Section("Prediction and verdict", _verdict(config, run.headlines)),
+        Section("What was asked", list(_asked(run, config))),
+        *(_step(run, config, step) for step in config["steps"]),
+        Section("How to do it again", _again(config)),
+        Section("How it was made", _made(run)),
+    ]
+    return Page(config["name"], config.get("question") or "", sections)
+
+
+class _Files:
+    """The files of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.headlines: list[dict[str, Any]] = self.json("headlines.json")
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_bytes())
+
+    def text(self, name: str) -> str:
+        path = self.folder / name
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+    def csv(self, step: str) -> bytes:
+        return (self.folder / "results" / f"{step}.csv").read_bytes()
+
+    def table(self, step: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "results" / f"{step}.csv")
+
+    def result(self, step: str) -> Result:
+        return Result.load(self.folder / "results" / step)
+
+    def figures(self, step: str) -> list[Figure]:
+        paths = sorted((self.folder / "figures").glob("*.json"))
+        own = [path for path in paths if path.stem.rpartition(".")[0] == step]
+        return [plotly.io.from_json(path.read_text(encoding="utf-8")) for path in own]
+
+
+# Parts --------------------------------------------------------------------------------------------
+
+
+def _verdict(config: Mapping[str, Any], headlines: Sequence[Mapping[str, Any]]) -> list[Block]:
+    found: list[Block] = []
+    if config.get("prediction"):
+        found.append(f"Predicted before the run: {config['prediction']}")
+    return [*found, verdict_of(headlines)]
+
+
+def _asked(run: _Files, config: Mapping[str, Any]) -> Iterator[Block]:
+    """The sets of pairs, each with its first pair."""
+    yield Facts(_flat(config["model"], "model"))
+    for name, made in config["pairs"].items():
+        folder = run.folder / "pairs" / name
+        pair, count = PairDataset.first(folder)
+        yield f"{name}: {count} pairs, the first of which is"
+        sides = {"clean": (pair.clean, pair.answer), "corrupt": (pair.corrupt, pair.foil)}
+        yield Row(
+            [
+                Captioned(image, f"{side}: {prompt.text} → {answer}")
+                for side, (prompt, answer) in sides.items()
+                for image in prompt.images
+            ]
+            or [f"{side}: {prompt.text} → {answer}" for side, (prompt, answer) in sides.items()]
+        )
+        yield Folded(f"How {name} is made", [Facts(_flat(made))])
+
+
+def _step(run: _Files, config: Mapping[str, Any], step: Mapping[str, Any]) -> Section:
+    name, table = step["name"], run.table(step["name"])
+    own = [h for h in config.get("headlines", ()) if h["step"] == name]
+    numbers = [_number(h, table, f) for h in own for f in run.headlines if f["name"] == h["name"]]
+    result = run.result(name)
+    summary = getattr(result, "summary", None)
+    settings = {key: value for key, value in step.items() if key not in ("name", "method")}
+    rows = f"{len(table)} rows, {len(table.columns)} columns"
+    contents: list[Block] = [
+        *([Row(numbers)] if numbers else []),
+        *([summary()] if summary else []),
+        *run.figures(name),
+        *_circuits(run, config, result, name),
+        table.head(_SHOWN),
+        Download(f"{name}.csv", run.csv(name), note=rows, elsewhere=f"It is results/{name}.csv."),
+        Folded("Settings of this step", [Facts(_flat(settings))]),
+    ]
+    return Section(f"{name}: {step['method']}", contents)
+
+
+def _number(asked: Mapping[str, Any], table: pd.DataFrame, found: Mapping[str, Any]) -> Number:
+    """A headline with its interval, its control, and what was expected."""
+    known = found.get("low") is not None and found.get("high") is not None
+    ends = f"95 % interval {number_text(found['low'])} to {number_text(found['high'])}" if known else ""
+    count = f"{found['n']} rows" if found.get("n", 1) > 1 else ""
+    expect = f"expected {found['expect']}" if found.get("expect") else "nothing was expected"
+    notes = [ends, count, control_of(asked, table), expect]
+    said = {True: "agrees", False: "disagrees", None: ""}[found.get("agrees")]
+    return Number(
+        found["name"], number_text(found["value"]), [n for n in notes if n], said, found.get("agrees")
+    )
+
+
+def _circuits(
+    run: _Files, config: Mapping[str, Any], result: Result, name: str
+) -> Iterator[Figure | str]:
+    """Scores as the circuits that later steps take of them, from picture to answer."""
+    if isinstance(result, Circuit):
+        yield _drawn(run, config, name, result, name)
+    if not isinstance(result, Attribution) or not isinstance(result.graph, Graph):
+        return
+    taken = [
+        (f"{name}: the circuit of {step['name']}", sizes)
+        for step in config["steps"]
+        for sizes in _taken(step, name)
+    ]
+    for title, sizes in taken or [(f"{name}: the strongest {SHARE:.0%}", {"fraction": SHARE})]:
+        yield _drawn(run, config, name, result.circuit(**sizes), title)
+
+
+def _drawn(
+    run: _Files, config: Mapping[str, Any], step: str, circuit: Circuit, title: str
+) -> Figure | str:
+    own = next(s for s in config["steps"] if s["name"] == step)
+    pairs = own.get("pairs") or next(iter(config["pairs"]))
+    pair, _ = PairDataset.first(run.folder / "pairs" / pairs)
+    picture = pair.clean.images[0] if pair.clean.images else None
+    try:
+        return circuit.plot(picture, title=title)
+    except ValueError as error:
+        return f"{title} is not drawn: {error}."
+
+
+def _taken(value: Any, step: str) -> Iterator[dict[str, Any]]:
+    """What steps say of circuits of a step's scores: `{step, fraction}` and the like."""
+    if isinstance(value, Mapping):
+        if value.get("step") == step and len(value) > 1:
+            yield {key: item for key, item in value.items() if key != "step" and item is not None}
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _taken(item, step)
+
+
+def _again(config: Mapping[str, Any]) -> list[Block]:
+    """Commands."""
+    name = config["name"]
+    commands = [
+        f"mechmm replay {name}      # run it again, and compare every number",
+        f"mechmm verify {name}      # are the files those that were written?",
+        f"mechmm run {name}/config.toml --out other seed=1      # the same question, another seed",
+        f"mechmm diff {name} other",
+    ]
+    said = f"With mechmm installed, where {name} is the folder of this run:"
+    return [said, Code("\n".join(commands))]
+
+
+def _made(run: _Files) -> list[Block]:
+    manifest = run.json("manifest.json") if (run.folder / "manifest.json").is_file() else {}
+    kept = {name: value for name, value in manifest.items() if name not in PASSING}
+    said = "Times, memory and the digest of every file are in manifest.json."
+    folds: list[Block] = [Folded("Manifest", [Facts(_flat(kept)), said])]
+    if text := run.text("config.toml"):
+        folds.append(Folded("config.toml", [Code(text)]))
+    return [*folds, Folded("resolved.json", [Code(run.text("resolved.json"))])]
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings as `a.b` -> value; None is left out."""
+    if isinstance(value, Mapping):
+        parts = [_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    if value is None:
+        return {}
+    return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
