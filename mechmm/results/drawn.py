@@ -60,10 +60,10 @@ def scripts() -> str:
 @cache
 def script_sources() -> Sequence[str]:
     """Both scripts as sources of a content security policy."""
-    return [_digest(asset("page.js")), _digest(get_plotlyjs())]
+    return [digest(asset("page.js")), digest(get_plotlyjs())]
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -134,20 +134,37 @@ class Page:
         writer = _Writer()
         body = "".join(writer.section(section, i) for i, section in enumerate(self.sections))
         sources = " ".join(script_sources()) if writer.figures else "'none'"
-        return _PAGE.format(
-            title=escape(self.title),
-            policy=_POLICY.format(scripts=sources),
-            style=asset("page.css"),
-            scripts=scripts() if writer.figures else "",
-            summary=_paragraphs(self.summary),
-            contents=_contents(self.sections),
-            body=body,
-            footer=_footer(self.facts),
+        head = f"<header><h1>{escape(self.title)}</h1>{_paragraphs(self.summary)}</header>"
+        return document(
+            self.title,
+            f"{head}\n{_contents(self.sections)}",
+            f"{body}\n{_footer(self.facts)}",
+            scripts() if writer.figures else "",
+            POLICY.format(scripts=sources),
         )
 
     def save(self, path: str | Path) -> Path:
         """Write the page, wholly or not at all; returns its path. An older page is replaced."""
         return write_whole(path, self.html().encode())
+
+
+def document(
+    title: str, head: str, body: str, scripts: str = "", policy: str = "", style: str = ""
+) -> str:
+    """An HTML document in the style of all pages.
+
+    Args:
+        title: as text; all else is HTML.
+        policy: of content security; default: no scripts. style: besides that of all pages.
+    """
+    return _PAGE.format(
+        title=escape(title),
+        policy=policy or POLICY.format(scripts="'none'"),
+        style=asset("page.css") + style,
+        head=head,
+        body=body,
+        scripts=scripts,
+    )
 
 
 @dataclass
@@ -268,7 +285,7 @@ def _footer(facts: Mapping[str, Any]) -> str:
     return f"<footer><h2>How this was made</h2>{_list(facts)}</footer>"
 
 
-_POLICY = (
+POLICY = (
     "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:; "
     "base-uri 'none'; form-action 'none'"
 )
@@ -287,11 +304,9 @@ _PAGE = """<!DOCTYPE html>
 <body>
 <a class="skip" href="#content">Skip to the content</a>
 <main>
-<header><h1>{title}</h1>{summary}</header>
-{contents}
+{head}
 <div id="content" tabindex="-1">
 {body}
-{footer}
 </div>
 </main>
 {scripts}

@@ -31,7 +31,7 @@ from mechmm.results.report import (
     Section,
 )
 from mechmm.results.result import Result
-from mechmm.runs.said import control_of, number_text, verdict_of
+from mechmm.runs.said import control_of, expectation, flat, number_text, verdict_of
 
 REPORT = "report.html"
 PASSING = ("started", "seconds", "peak_memory_bytes", "outputs", "headlines", "state")
@@ -56,7 +56,7 @@ def page(folder: str | Path) -> Page:
     run = _Files(Path(folder))
     config = run.json("resolved.json")
     sections = [
-        Section("Prediction and verdict", _verdict(config, run.headlines)),
+        Section("Prediction and verdict", _verdict(run, config)),
         Section("What was asked", list(_asked(run, config))),
         *(_step(run, config, step) for step in config["steps"]),
         Section("How to do it again", _again(config)),
@@ -97,16 +97,34 @@ class _Files:
 # Parts --------------------------------------------------------------------------------------------
 
 
-def _verdict(config: Mapping[str, Any], headlines: Sequence[Mapping[str, Any]]) -> list[Block]:
-    found: list[Block] = []
-    if config.get("prediction"):
-        found.append(f"Predicted before the run: {config['prediction']}")
-    return [*found, verdict_of(headlines)]
+def _verdict(run: _Files, config: Mapping[str, Any]) -> list[Block]:
+    """What was expected, and all headlines."""
+    predicted = config.get("prediction")
+    said = f"Predicted before the run: {predicted}" if predicted else "Nothing was predicted."
+    asked = {headline["name"]: headline for headline in config.get("headlines", ())}
+    numbers = [_number(run, asked.get(found["name"], {}), found) for found in run.headlines]
+    return [said, verdict_of(run.headlines), *([Row(numbers)] if numbers else [])]
+
+
+def _number(run: _Files, asked: Mapping[str, Any], found: Mapping[str, Any]) -> Number:
+    """A headline with its interval, its control, and what was expected."""
+    low, high = (number_text(found.get(end)) for end in ("low", "high"))
+    known = found.get("low") is not None and found.get("high") is not None
+    count = f", over {found['n']} rows" if found.get("n", 1) > 1 else ""
+    notes = [
+        f"95 % interval {low} to {high}{count}" if known else count.strip(", "),
+        control_of(asked, run.table(found["step"])),
+        f"expected {expectation(found['expect'])}" if found.get("expect") else "nothing was expected",
+        f"step {found['step']}",
+    ]
+    said = {True: "agrees", False: "disagrees", None: ""}[found.get("agrees")]
+    value = number_text(found["value"])
+    return Number(found["name"], value, [n for n in notes if n], said, found.get("agrees"))
 
 
 def _asked(run: _Files, config: Mapping[str, Any]) -> Iterator[Block]:
     """The sets of pairs, each with its first pair."""
-    yield Facts(_flat(config["model"], "model"))
+    yield Facts(flat(config["model"], "model"))
     for name, made in config["pairs"].items():
         folder = run.folder / "pairs" / name
         pair, count = PairDataset.first(folder)
@@ -120,40 +138,24 @@ def _asked(run: _Files, config: Mapping[str, Any]) -> Iterator[Block]:
             ]
             or [f"{side}: {prompt.text} → {answer}" for side, (prompt, answer) in sides.items()]
         )
-        yield Folded(f"How {name} is made", [Facts(_flat(made))])
+        yield Folded(f"How {name} is made", [Facts(flat(made))])
 
 
 def _step(run: _Files, config: Mapping[str, Any], step: Mapping[str, Any]) -> Section:
     name, table = step["name"], run.table(step["name"])
-    own = [h for h in config.get("headlines", ()) if h["step"] == name]
-    numbers = [_number(h, table, f) for h in own for f in run.headlines if f["name"] == h["name"]]
     result = run.result(name)
     summary = getattr(result, "summary", None)
     settings = {key: value for key, value in step.items() if key not in ("name", "method")}
     rows = f"{len(table)} rows, {len(table.columns)} columns"
     contents: list[Block] = [
-        *([Row(numbers)] if numbers else []),
         *([summary()] if summary else []),
         *run.figures(name),
         *_circuits(run, config, result, name),
-        table.head(_SHOWN),
+        table.head(_SHOWN).dropna(axis=1, how="all"),
         Download(f"{name}.csv", run.csv(name), note=rows, elsewhere=f"It is results/{name}.csv."),
-        Folded("Settings of this step", [Facts(_flat(settings))]),
+        Folded("Settings of this step", [Facts(flat(settings))]),
     ]
     return Section(f"{name}: {step['method']}", contents)
-
-
-def _number(asked: Mapping[str, Any], table: pd.DataFrame, found: Mapping[str, Any]) -> Number:
-    """A headline with its interval, its control, and what was expected."""
-    known = found.get("low") is not None and found.get("high") is not None
-    ends = f"95 % interval {number_text(found['low'])} to {number_text(found['high'])}" if known else ""
-    count = f"{found['n']} rows" if found.get("n", 1) > 1 else ""
-    expect = f"expected {found['expect']}" if found.get("expect") else "nothing was expected"
-    notes = [ends, count, control_of(asked, table), expect]
-    said = {True: "agrees", False: "disagrees", None: ""}[found.get("agrees")]
-    return Number(
-        found["name"], number_text(found["value"]), [n for n in notes if n], said, found.get("agrees")
-    )
 
 
 def _circuits(
@@ -214,17 +216,7 @@ def _made(run: _Files) -> list[Block]:
     manifest = run.json("manifest.json") if (run.folder / "manifest.json").is_file() else {}
     kept = {name: value for name, value in manifest.items() if name not in PASSING}
     said = "Times, memory and the digest of every file are in manifest.json."
-    folds: list[Block] = [Folded("Manifest", [Facts(_flat(kept)), said])]
+    folds: list[Block] = [Folded("Manifest", [Facts(flat(kept)), said])]
     if text := run.text("config.toml"):
         folds.append(Folded("config.toml", [Code(text)]))
     return [*folds, Folded("resolved.json", [Code(run.text("resolved.json"))])]
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested settings as `a.b` -> value; None is left out."""
-    if isinstance(value, Mapping):
-        parts = [_flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
-        return {key: item for part in parts for key, item in part.items()}
-    if value is None:
-        return {}
-    return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}

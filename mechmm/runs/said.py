@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,29 +35,56 @@ def verdict_of(headlines: Sequence[Mapping[str, Any]]) -> str:
     if not odd:
         return f"Verdict: agrees with the prediction, in all of {len(judged)} headlines."
     right = len(judged) - len(odd)
-    which = "; ".join(odd)
-    return f"Verdict: disagrees with the prediction. {right} of {len(judged)} headlines agree, not: {which}."
+    which = f"{right} of {len(judged)} headlines agree, not: {'; '.join(odd)}"
+    return f"Verdict: disagrees with the prediction. {which}."
+
+
+def expectation(text: Any) -> str:
+    """`<= 0.35` as a reader writes it."""
+    return str(text).replace("<=", "≤").replace(">=", "≥")
 
 
 def control_of(headline: Mapping[str, Any], table: pd.DataFrame) -> str:
-    """What the same rows of the table say of the control, if they are one row and say it."""
-    rows = table
-    for column, value in (headline.get("where") or {}).items():
-        rows = rows[rows[column].astype(str) == str(value)] if column in rows else rows
-    if len(rows) != 1:
-        return ""
-    row, column = rows.iloc[0], headline.get("column", "value")
-    for prefix in (f"{column}_{null}" for null in NULLS):
-        if said := _control(row, prefix):
+    """What the table says of the control of a headline; nothing where it does not say.
+
+    Of one row: its columns `random_low`, `null_low` and so on. Of rows that are not the null: the
+    rows that are, and else are alike.
+    """
+    where, column = dict(headline.get("where") or {}), headline.get("column", "value")
+    rows = _where(table, where)
+    if len(rows) == 1:
+        prefixes = [*(f"{column}_{null}" for null in NULLS), *NULLS]
+        said = next(filter(None, (_control(rows.iloc[0], prefix) for prefix in prefixes)), "")
+        if said:
             return said
-    return next(filter(None, (_control(row, null) for null in NULLS)), "")
+    if column in table and str(where.pop("null", None)) == "False" and "null" in table:
+        values = _where(table, {**where, "null": True})[column].dropna()
+        ends = {"mean": values.mean(), "low": values.min(), "high": values.max()}
+        return _control(pd.Series({f"null_{end}": value for end, value in ends.items()}), "null")
+    return ""
+
+
+def _where(table: pd.DataFrame, where: Mapping[str, Any]) -> pd.DataFrame:
+    for column, value in where.items():
+        table = table[table[column].astype(str) == str(value)] if column in table else table
+    return table
+
+
+def flat(value: Any, name: str = "") -> dict[str, str]:
+    """Nested settings as `a.b` -> text; None is left out."""
+    if isinstance(value, Mapping):
+        parts = [flat(v, f"{name}.{k}" if name else str(k)) for k, v in value.items()]
+        return {key: item for part in parts for key, item in part.items()}
+    if value is None:
+        return {}
+    return {name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
 
 
 def _control(row: pd.Series, prefix: str) -> str:
     mean, low, high = (row.get(f"{prefix}_{end}") for end in ("mean", "low", "high"))
     if low is None or high is None or pd.isna(low) or pd.isna(high):
         return ""
-    kind = "random" if prefix.endswith("random") else "null"
     ends = f"{number_text(float(low))} to {number_text(float(high))}"
     known = mean is not None and not pd.isna(mean)
+    kind = "random" if prefix.endswith("random") else "null"
     return f"control ({kind}): " + (f"{number_text(float(mean))} ({ends})" if known else ends)
