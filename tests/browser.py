@@ -94,7 +94,9 @@ class Tab:
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + dx, y=y)
 
     def picture(self, path: Path, whole: bool = True) -> None:
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=whole, **self._clip(whole))
+        found = self.call(
+            "Page.captureScreenshot", captureBeyondViewport=whole, **self._clip(whole)
+        )
         path.write_bytes(base64.b64decode(found["data"]))
 
     def _clip(self, whole: bool) -> dict[str, Any]:

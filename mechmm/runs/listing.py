@@ -186,12 +186,16 @@ def _line(line: Mapping[str, Any]) -> str:
 def compared(first: Listed, second: Listed) -> str:
     """Two runs: their headlines, and which settings differ."""
     titles = [f"{run.name} ({run.place})" for run in (first, second)]
-    heads = [{str(line.get("name")): _line(line) for line in run.headlines} for run in (first, second)]
+    heads = [
+        {str(line.get("name")): _line(line) for line in run.headlines} for run in (first, second)
+    ]
     numbers = [{k: v.partition(": ")[2] for k, v in own.items()} for own in heads]
     settings = [flat(_by_name(run.config)) for run in (first, second)]
     versions = [flat(run.manifest.get("packages") or {}) for run in (first, second)]
     sections = [
-        Section("Verdicts", [_pairs("", titles, [{"verdict": r.verdict} for r in (first, second)])]),
+        Section(
+            "Verdicts", [_pairs("", titles, [{"verdict": r.verdict} for r in (first, second)])]
+        ),
         Section("Headlines", [_pairs("headline", titles, numbers)]),
         Section("Settings that differ", [_pairs("setting", titles, settings, True)]),
         Section("Versions that differ", [_pairs("package", titles, versions, True)]),
@@ -220,7 +224,6 @@ def _pairs(
     ]
     rows = [[name, one.get(name, "—"), other.get(name, "—")] for name in names]
     return pd.DataFrame(rows, columns=[what, *titles]) if rows else "None."
-
 
 
 @cache

@@ -114,7 +114,9 @@ def _number(run: _Files, asked: Mapping[str, Any], found: Mapping[str, Any]) -> 
     notes = [
         f"95 % interval {low} to {high}{count}" if known else count.strip(", "),
         control_of(asked, run.table(found["step"])),
-        f"expected {expectation(found['expect'])}" if found.get("expect") else "nothing was expected",
+        f"expected {expectation(found['expect'])}"
+        if found.get("expect")
+        else "nothing was expected",
         f"step {found['step']}",
     ]
     said = {True: "agrees", False: "disagrees", None: ""}[found.get("agrees")]

@@ -132,7 +132,11 @@ class _Handler(BaseHTTPRequestHandler):
     # Answers -------------------------------------------------------------------------------------
 
     def _page(self, text: str) -> None:
-        self._send(text.encode(), "text/html; charset=utf-8", policy=f"{own_policy()}; frame-ancestors 'none'")
+        self._send(
+            text.encode(),
+            "text/html; charset=utf-8",
+            policy=f"{own_policy()}; frame-ancestors 'none'",
+        )
 
     def _file(self, file: Path) -> None:
         kind = mimetypes.guess_type(file.name)[0] if file.suffix in SHOWN else None
