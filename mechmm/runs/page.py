@@ -31,13 +31,18 @@ from mechmm.results.report import (
     Section,
 )
 from mechmm.results.result import Result
+from mechmm.runs.folder import REPORT, load_result
 from mechmm.runs.said import control_of, expectation, flat, number_text, verdict_of
 
-REPORT = "report.html"
-PASSING = ("started", "seconds", "peak_memory_bytes", "outputs", "headlines", "state")
-"""Of a manifest: what is not the same when a run is taken up again, or stands elsewhere."""
+PASSING = (
+    *("started", "seconds", "peak_memory_bytes", "outputs", "headlines", "verdict", "state", "base"),
+)
+"""Of a manifest: what is not the same when a run is taken up again, stands elsewhere, or is not yet
+known when the page is made."""
 SHARE = 0.02
 """Of edges, in the figure of scores of which no later step takes a circuit."""
+NONE = "none"
+"""How a config writes None."""
 _SHOWN = 12
 
 
@@ -86,7 +91,7 @@ class _Files:
         return pd.read_csv(self.folder / "results" / f"{step}.csv")
 
     def result(self, step: str) -> Result:
-        return Result.load(self.folder / "results" / step)
+        return load_result(self.folder / "results" / step)
 
     def figures(self, step: str) -> list[Figure]:
         paths = sorted((self.folder / "figures").glob("*.json"))
@@ -194,7 +199,8 @@ def _taken(value: Any, step: str) -> Iterator[dict[str, Any]]:
     """What steps say of circuits of a step's scores: `{step, fraction}` and the like."""
     if isinstance(value, Mapping):
         if value.get("step") == step and len(value) > 1:
-            yield {key: item for key, item in value.items() if key != "step" and item is not None}
+            said = {key: item for key, item in value.items() if item not in (None, NONE)}
+            yield {key: item for key, item in said.items() if key != "step"}
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:

@@ -20,17 +20,18 @@ class Progress:
         self.done, self.total = 0, 0
         self.shown = ""
         self.place: Any = None
+        self.inside = False
 
     def __call__(self, done: int, total: int) -> None:
         if done < self.done:  # the next piece of work
             self.since = time.monotonic()
         self.done, self.total = done, total
         self._show()
-        if done >= total:
+        if done >= total and not self.inside:
             self._end()
 
     def __enter__(self) -> Progress:
-        self._show()
+        self.inside = True
         return self
 
     def __exit__(
@@ -39,6 +40,7 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.inside = False
         self._end()
 
     @property
@@ -83,7 +85,7 @@ class Progress:
         """Leave the last state standing; where nothing can be overwritten, say it once."""
         if self.shown and not in_notebook():
             print("" if sys.stderr.isatty() else self.text, file=sys.stderr)
-        self.shown, self.place, self.done = "", None, 0
+        self.shown, self.done = "", 0
 
 
 def progress(label: str = "") -> Progress:
