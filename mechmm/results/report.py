@@ -257,15 +257,20 @@ def _number(number: Number) -> str:
 
 
 def _download(file: Download) -> str:
-    name, data, kind, said = file.name, file.data, file.kind, file.note
+    name, data, kind, said = file.name, file.data, file.kind, [file.note]
     if len(data) > _WHOLE:
         name, data, kind = f"{name}.gz", gzip.compress(data, 9, mtime=0), "application/gzip"
-        said += ", packed: it is long"
+        said.append("packed, as it is long")
     if len(data) > _MOST:
-        return f'<p class="note">{escape(f"{file.name}: too long for this page. {file.elsewhere}")}</p>'
+        return _note(escape(f"{file.name} is too long for this page. {file.elsewhere}"))
     link = f'<a download="{escape(name)}" href="{data_link(data, kind)}">{escape(name)}</a>'
     size = f"{len(data) / 1000:.0f} kB" if len(data) >= 1000 else f"{len(data)} bytes"
-    return f'<p class="note">Download {link} ({escape(", ".join(p for p in (size, said.strip(", ")) if p))})</p>'
+    about = ", ".join(part for part in (size, *said) if part)
+    return _note(f"Download {link} ({escape(about)})")
+
+
+def _note(html: str) -> str:
+    return f'<p class="note">{html}</p>'
 
 
 def _contents(sections: Sequence[Section]) -> str:

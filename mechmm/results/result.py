@@ -99,7 +99,7 @@ class Result(ABC):
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows: the class, its fields in a line each, and the head of the table."""
+        """What a notebook shows: the class, its fields, and the head of the table."""
         return result_html(type(self).__name__, self._values(), self.to_dataframe())
 
     @classmethod

@@ -6,7 +6,7 @@ The page holds no time and no memory, so that a run that was taken up again has 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,16 @@ from mechmm.runs.folder import REPORT, load_result
 from mechmm.runs.said import control_of, expectation, flat, number_text, verdict_of
 
 PASSING = (
-    *("started", "seconds", "peak_memory_bytes", "outputs", "headlines", "verdict", "state", "base"),
+    *(
+        "started",
+        "seconds",
+        "peak_memory_bytes",
+        "outputs",
+        "headlines",
+        "verdict",
+        "state",
+        "base",
+    ),
 )
 """Of a manifest: what is not the same when a run is taken up again, stands elsewhere, or is not yet
 known when the page is made."""
@@ -64,7 +73,7 @@ def page(folder: str | Path) -> Page:
         Section("Prediction and verdict", _verdict(run, config)),
         Section("What was asked", list(_asked(run, config))),
         *(_step(run, config, step) for step in config["steps"]),
-        Section("How to do it again", _again(config)),
+        Section("How to do it again", _again()),
         Section("How it was made", _made(run)),
     ]
     return Page(config["name"], config.get("question") or "", sections)
@@ -207,17 +216,15 @@ def _taken(value: Any, step: str) -> Iterator[dict[str, Any]]:
             yield from _taken(item, step)
 
 
-def _again(config: Mapping[str, Any]) -> list[Block]:
-    """Commands."""
-    name = config["name"]
+def _again() -> list[Block]:
+    """Commands. They name no file of this run: a stranger may have named it."""
     commands = [
-        f"mechmm replay {name}      # run it again, and compare every number",
-        f"mechmm verify {name}      # are the files those that were written?",
-        f"mechmm run {name}/config.toml --out other seed=1      # the same question, another seed",
-        f"mechmm diff {name} other",
+        "mechmm replay DIR    # run it again, and compare every number",
+        "mechmm verify DIR    # are the files those that were written?",
+        "mechmm run DIR/config.toml seed=1 --out OTHER    # the same question, another seed",
+        "mechmm diff DIR OTHER",
     ]
-    said = f"With mechmm installed, where {name} is the folder of this run:"
-    return [said, Code("\n".join(commands))]
+    return ["With mechmm installed, where DIR is this run's folder:", Code("\n".join(commands))]
 
 
 def _made(run: _Files) -> list[Block]:

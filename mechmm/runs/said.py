@@ -81,10 +81,11 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _control(row: pd.Series, prefix: str) -> str:
-    mean, low, high = (row.get(f"{prefix}_{end}") for end in ("mean", "low", "high"))
-    if low is None or high is None or pd.isna(low) or pd.isna(high):
+    names = {end: f"{prefix}_{end}" for end in ("mean", "low", "high")}
+    found = {end: float(row[name]) for end, name in names.items() if name in row.index}
+    known = {end: number_text(value) for end, value in found.items() if not math.isnan(value)}
+    if "low" not in known or "high" not in known:
         return ""
-    ends = f"{number_text(float(low))} to {number_text(float(high))}"
-    known = mean is not None and not pd.isna(mean)
     kind = "random" if prefix.endswith("random") else "null"
-    return f"control ({kind}): " + (f"{number_text(float(mean))} ({ends})" if known else ends)
+    ends = f"{known['low']} to {known['high']}"
+    return f"control ({kind}): " + (f"{known['mean']} ({ends})" if "mean" in known else ends)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from mechmm.runs.listing import MANIFEST, Listing, compared, list_page, own_policy
 
@@ -81,12 +81,11 @@ class _Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             self._send(refused.status.phrase.encode(), "text/plain; charset=utf-8", refused.status)
 
-    do_HEAD = do_GET
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def do_POST(self) -> None:
         self._send(b"This server only reads.", "text/plain", HTTPStatus.METHOD_NOT_ALLOWED)
-
-    do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_POST
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: the terminal is for errors."""
@@ -94,11 +93,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _check_host(self) -> None:
         """A page that reached this server under another name has another host here."""
         name, _, port = self.headers.get("Host", "").rpartition(":")
-        own = str(self.server.server_address[1])
-        if name not in NAMES or port != own:
+        if name not in NAMES or port != str(self.port):
             raise _Refused(HTTPStatus.MISDIRECTED_REQUEST)
 
-    def _answer(self, address) -> None:
+    @property
+    def port(self) -> int:
+        return self.connection.getsockname()[1]
+
+    def _answer(self, address: SplitResult) -> None:
         if address.path == "/":
             self._page(list_page(self.listing.runs()))
         elif address.path == "/compare":
@@ -117,17 +119,14 @@ class _Handler(BaseHTTPRequestHandler):
         number, *parts = path.split("/")
         folders = self.listing.folders
         odd = any(part.startswith(".") or not part or set(part) & set("\\\0") for part in parts)
-        if odd or not parts or not (number.isdecimal() and int(number) < len(folders)):
-            raise _Refused(HTTPStatus.NOT_FOUND)
-        root = folders[int(number)]
-        file = root.joinpath(*parts)
-        above = [folder for folder in file.parents if folder.is_relative_to(root)]
-        run = next((folder for folder in above if (folder / MANIFEST).is_file()), None)
-        if run is None or not run.resolve().is_relative_to(root) or not file.is_file():
-            raise _Refused(HTTPStatus.NOT_FOUND)
-        if not file.resolve().is_relative_to(run.resolve()):
-            raise _Refused(HTTPStatus.NOT_FOUND)
-        return file
+        if not odd and parts and number.isdecimal() and int(number) < len(folders):
+            try:
+                found = _inside_run(folders[int(number)], parts)
+            except OSError:  # a name that no file can have
+                found = None
+            if found is not None:
+                return found
+        raise _Refused(HTTPStatus.NOT_FOUND)
 
     # Answers -------------------------------------------------------------------------------------
 
@@ -170,3 +169,18 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
+
+
+for _other in ("PUT", "DELETE", "PATCH", "OPTIONS"):
+    setattr(_Handler, f"do_{_other}", _Handler.do_POST)
+
+
+def _inside_run(root: Path, parts: Sequence[str]) -> Path | None:
+    """A file, if it lies in a run that lies in the folder; links are followed, and have to end
+    there, too."""
+    file = root.joinpath(*parts)
+    above = [folder for folder in file.parents if folder.is_relative_to(root)]
+    run = next((folder for folder in above if (folder / MANIFEST).is_file()), None)
+    if run is None or not file.is_file() or not run.resolve().is_relative_to(root):
+        return None
+    return file if file.resolve().is_relative_to(run.resolve()) else None
