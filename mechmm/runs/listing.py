@@ -17,14 +17,10 @@ import pandas as pd
 
 from mechmm.results.drawn import digest
 from mechmm.results.report import Page, Section, document
-from mechmm.runs.said import expectation, flat, number_text, verdict_of
+from mechmm.runs.difference import diff
+from mechmm.runs.paths import HEADLINES, MANIFEST, REPORT, RESOLVED
+from mechmm.runs.said import expectation, number_text, verdict_of
 
-MANIFEST, RESOLVED, HEADLINES, REPORT = (
-    "manifest.json",
-    "resolved.json",
-    "headlines.json",
-    "report.html",
-)
 DEEP = 4
 """Levels below a folder in which runs are looked for."""
 
@@ -184,46 +180,41 @@ def _line(line: Mapping[str, Any]) -> str:
 
 
 def compared(first: Listed, second: Listed) -> str:
-    """Two runs: their headlines, and which settings differ."""
-    titles = [f"{run.name} ({run.place})" for run in (first, second)]
-    heads = [
-        {str(line.get("name")): _line(line) for line in run.headlines} for run in (first, second)
-    ]
-    numbers = [{k: v.partition(": ")[2] for k, v in own.items()} for own in heads]
-    settings = [flat(_by_name(run.config)) for run in (first, second)]
-    versions = [flat(run.manifest.get("packages") or {}) for run in (first, second)]
+    """Two runs: their verdicts and headlines, and what differs between them."""
+    runs, titles = (first, second), [f"{run.name} ({run.place})" for run in (first, second)]
+    lines = [{str(line.get("name")): _line(line) for line in run.headlines} for run in runs]
+    numbers = [{name: line.partition(": ")[2] for name, line in own.items()} for own in lines]
     sections = [
-        Section(
-            "Verdicts", [_pairs("", titles, [{"verdict": r.verdict} for r in (first, second)])]
-        ),
-        Section("Headlines", [_pairs("headline", titles, numbers)]),
-        Section("Settings that differ", [_pairs("setting", titles, settings, True)]),
-        Section("Versions that differ", [_pairs("package", titles, versions, True)]),
+        Section("Verdicts", [_beside("", titles, [{"verdict": run.verdict} for run in runs])]),
+        Section("Headlines", [_beside("headline", titles, numbers)]),
+        *_differences(first.folder, second.folder, titles),
     ]
     return Page("Two runs", " and ".join(titles), sections).html()
 
 
-def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with its steps and headlines by name, so that one more moves no other."""
-    lists = {
-        key: {str(item.get("name", i)): item for i, item in enumerate(value)}
-        for key, value in config.items()
-        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+def _differences(first: Path, second: Path, titles: Sequence[str]) -> list[Section]:
+    """As `mechmm diff` finds them."""
+    try:
+        found = diff(first, second)
+    except (ValueError, KeyError, OSError) as error:
+        return [Section("Differences", [f"They cannot be compared: {error}"])]
+    tables = {
+        "Settings that differ": found.settings,
+        "Versions that differ": found.versions,
+        "Numbers that differ": found.differing().drop(columns="same"),
     }
-    return {**config, **lists}
-
-
-def _pairs(
-    what: str, titles: Sequence[str], found: Sequence[Mapping[str, str]], differ: bool = False
-) -> pd.DataFrame | str:
-    one, other = found
-    names = [
-        name
-        for name in dict.fromkeys([*one, *other])
-        if not differ or one.get(name) != other.get(name)
+    names = dict(zip(("first", "second"), titles, strict=True))
+    return [
+        Section(name, [table.rename(columns=names) if len(table) else "None."])
+        for name, table in tables.items()
     ]
+
+
+def _beside(what: str, titles: Sequence[str], found: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    one, other = found
+    names = list(dict.fromkeys([*one, *other]))
     rows = [[name, one.get(name, "—"), other.get(name, "—")] for name in names]
-    return pd.DataFrame(rows, columns=[what, *titles]) if rows else "None."
+    return pd.DataFrame(rows, columns=[what, *titles])
 
 
 @cache

@@ -31,7 +31,8 @@ from mechmm.results.report import (
     Section,
 )
 from mechmm.results.result import Result
-from mechmm.runs.folder import REPORT, load_result
+from mechmm.runs.folder import load_result
+from mechmm.runs.paths import REPORT
 from mechmm.runs.said import control_of, expectation, flat, number_text, verdict_of
 
 PASSING = (

@@ -16,7 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
-from mechmm.runs.listing import MANIFEST, Listing, compared, list_page, own_policy
+from mechmm.runs.listing import Listing, compared, list_page, own_policy
+from mechmm.runs.paths import MANIFEST
 
 HOST, PORT = "127.0.0.1", 8765
 NAMES = ("127.0.0.1", "localhost")

@@ -13,13 +13,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from mechmm.runs.folder import Run
 from mechmm.runs.page import page, write
 from mechmm.runs.runner import run
 from mechmm.runs.said import control_of, number_text, verdict_of
 
 CONFIG = """
 format = 1
-name = "tokens <script>"
+name = "tokens"
 question = "Does <script>alert(1)</script> it need them?"
 prediction = "It does."
 
@@ -136,6 +137,13 @@ def test_a_figure_that_a_stranger_made_is_shown_and_does_not_run(
         'class="drawing"'
     )
     assert "<script>alert" not in html
+
+
+def test_a_notebook_shows_a_run_with_its_headlines(folder: Path) -> None:
+    shown = Run.open(folder)._repr_html_()
+    assert "<b>Run tokens</b> (finished)" in shown
+    assert "accuracy without it" in shown
+    assert "<script" not in shown
 
 
 @pytest.mark.parametrize(

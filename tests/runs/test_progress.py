@@ -43,7 +43,7 @@ def test_a_terminal_gets_a_bar_on_one_line(
     report(4, 4)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    first, second = shown.strip().split("\r\x1b[K")[1:]
+    first, second = shown.split("\r\x1b[K")[1:]
     assert "━" * 8 + "─" * 24 + " patching 25%" in first
     assert "━" * 32 + " patching 100%" in second
 

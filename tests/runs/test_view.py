@@ -29,7 +29,12 @@ def make(folder: Path, name: str = "run", agrees: bool | None = True, **config: 
         "headlines.json": [{**lines[0], "expect": "<= 0.35", "agrees": agrees}],
         "manifest.json": {
             "format": 1,
+            "mechmm": "0.1.0",
+            "name": name,
             "state": "finished",
+            "outputs": {},
+            "model": {"name": "m"},
+            "pairs": {},
             "started": f"2026-01-0{len(name) % 9 + 1}T10:00:00+00:00",
             "packages": {"torch": name},
         },
