@@ -355,7 +355,7 @@ class PairDataset(Sequence[Pair]):
             raise PairError(f"{path} (pair 0 is on line 1): {error}") from error
 
     @staticmethod
-    def first(folder: str | Path) -> tuple[Pair, int]:
+    def peek(folder: str | Path) -> tuple[Pair, int]:
         """The first pair of what `save` wrote, and how many there are; asks no model.
 
         Raises:

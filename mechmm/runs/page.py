@@ -144,7 +144,7 @@ def _asked(run: _Files, config: Mapping[str, Any]) -> Iterator[Block]:
     yield Facts(flat(config["model"], "model"))
     for name, made in config["pairs"].items():
         folder = run.folder / "pairs" / name
-        pair, count = PairDataset.first(folder)
+        pair, count = PairDataset.peek(folder)
         yield f"{name}: {count} pairs, the first of which is"
         sides = {"clean": (pair.clean, pair.answer), "corrupt": (pair.corrupt, pair.foil)}
         yield Row(
@@ -197,7 +197,7 @@ def _drawn(
 ) -> Figure | str:
     own = next(s for s in config["steps"] if s["name"] == step)
     pairs = own.get("pairs") or next(iter(config["pairs"]))
-    pair, _ = PairDataset.first(run.folder / "pairs" / pairs)
+    pair, _ = PairDataset.peek(run.folder / "pairs" / pairs)
     picture = pair.clean.images[0] if pair.clean.images else None
     try:
         return circuit.plot(picture, title=title)
