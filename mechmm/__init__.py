@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from mechmm.results.report import Page
     from mechmm.results.steered import Steered
     from mechmm.results.units import Units
+    from mechmm.runs.progress import progress
 
 __version__ = "0.1.0"
 
@@ -124,6 +125,7 @@ _HOME = {
     "mechmm.results.report": ("Page",),
     "mechmm.results.steered": ("Steered",),
     "mechmm.results.units": ("Units",),
+    "mechmm.runs.progress": ("progress",),
 }
 _MODULES = {"data": "mechmm.data", "runs": "mechmm.runs", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -222,6 +224,7 @@ __all__ = [
     "patch",
     "prob",
     "probe",
+    "progress",
     "pruning_curve",
     "runs",
     "sites",
