@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 FIRST = ROOT / "README.md"
 LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s:]+)(?=[)#])")
 """Text and target of a link to another file."""
+FENCED = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\n(?=\*\*[^*\n]+\.\*\* )")
 """In front of a line that begins with bold words, which is to begin a paragraph."""
 CONTENTS = {
@@ -73,7 +74,9 @@ def _lay(page: Path, source: Path) -> None:
         return f"[{'' if text.endswith('.md') else text}]({target}"  # no text: the page's title
 
     name = "index.md" if page == FIRST else page.relative_to(ROOT)
-    _write(source / name, LEAD.sub("\n\n", LINK.sub(link, page.read_text())))
+    parts = FENCED.split(page.read_text())
+    parts[::2] = [LEAD.sub("\n\n", LINK.sub(link, part)) for part in parts[::2]]
+    _write(source / name, "".join(parts))
 
 
 def _write(path: Path, content: str | bytes) -> None:

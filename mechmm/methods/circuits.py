@@ -246,7 +246,7 @@ def faithfulness_curve(
     Args:
         fractions: of all edges, nodes or neurons, that are kept.
         signed, greedy: how these are chosen (`Attribution.circuit`).
-        Other arguments: as `faithfulness`.
+        others: as of `faithfulness`.
 
     Raises:
         ValueError: as `faithfulness`; a fraction outside (0, 1].
