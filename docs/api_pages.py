@@ -26,6 +26,8 @@ STOP = "HookedRootModule, Module, ABC, KeyError, ValueError"
 """Members that these bases bring are told elsewhere."""
 CALLED = re.compile(r"(?:mm|mechmm)\.([A-Za-z_][\w.]*)")
 """How pages name what is public."""
+CLASS = re.compile(f"({'|'.join(name for name in mechmm.__all__ if name[0].isupper())})")
+"""Classes are named without `mm.`, too."""
 
 
 def api_pages() -> Iterator[tuple[str, str]]:
@@ -93,7 +95,7 @@ def _module_page(home: str, names: dict[str, object]) -> str:
 def link_names(app, doctree: nodes.document) -> None:
     """Make `mm.patch(...)` in the text of a page a link to the API."""
     for code in list(doctree.findall(nodes.literal)):
-        found = CALLED.match(code.astext())
+        found = CALLED.match(code.astext()) or CLASS.fullmatch(code.astext())
         if found and not isinstance(code.parent, (nodes.reference, pending_xref, nodes.title)):
             link = pending_xref(
                 "",

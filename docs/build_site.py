@@ -94,8 +94,13 @@ def _contents(source: Path) -> Iterator[str]:
             found = sorted(str(path.relative_to(source)) for path in source.glob(name))
             fresh = [one for one in found if one == name or one not in named]
             named.update(fresh)
-            yield from (f"{one.rpartition('.')[0]}\n" for one in fresh)
+            yield from map(_entry, fresh)
         yield "```\n"
+
+
+def _entry(name: str) -> str:
+    page = Path(name).with_suffix("")
+    return f"Log of {page.parent.name} <{page}>\n" if page.name == "LOG" else f"{page}\n"
 
 
 if __name__ == "__main__":
