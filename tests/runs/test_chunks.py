@@ -67,7 +67,12 @@ def part(scene, start, size):
     return Scene(scene.model, sets, scene.result, scene.base)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("attribute", "faithfulness_curve", "completeness", "minimality", "interchange")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_parts_join_to_the_whole(scene, name):
     method, options = METHODS[name], checked(scene, name)
     assert method.chunked(options)
