@@ -36,7 +36,9 @@ from mechmm.runs import makers, manifest
 from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, Model, PairSet, Step
 from mechmm.runs.config import load as load_config
-from mechmm.runs.folder import (
+from mechmm.runs.folder import Run, load_result, locked, sweep_up
+from mechmm.runs.methods import METHODS
+from mechmm.runs.paths import (
     FIGURES,
     FINISHED,
     FORMAT,
@@ -48,13 +50,8 @@ from mechmm.runs.folder import (
     RESULTS,
     RUNNING,
     STEPS,
-    Run,
     RunError,
-    load_result,
-    locked,
-    sweep_up,
 )
-from mechmm.runs.methods import METHODS
 from mechmm.runs.terminal import progress
 
 SAME = ("torch", "transformers", "transformer-lens")
@@ -65,12 +62,21 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C; what is finished is kept."""
 
 
-def run(config: Config | str | Path, out: str | Path, overrides: Sequence[str] = ()) -> Run:
+def run(
+    config: Config | str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    saved: Path | None = None,
+    source: Path | None = None,
+) -> Run:
     """Run a config into a new folder.
 
     Args:
         config: from `mechmm.runs.config.load`, or the path of its file.
         overrides: `key=value` each, where config is a path.
+        saved: folder of the sets of pairs, which are read there instead of being made.
+        source: folder of the model's files, if not where the config says.
 
     Raises:
         ConfigError: a config that cannot be run.
@@ -85,8 +91,11 @@ def run(config: Config | str | Path, out: str | Path, overrides: Sequence[str] =
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; give a new folder, or go on with --resume {out}")
     start = time.monotonic()
-    model, facts = _model(config.model, config.base)
-    sets = {name: _made(one, model, config) for name, one in config.pairs.items()}
+    model, facts = _model(config.model, config.base, source)
+    sets = {
+        name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
+        for name, one in config.pairs.items()
+    }
     job = _Job(config, out, model, sets, start)
     job.check()
     job.begin(facts)
@@ -187,6 +196,7 @@ class _Job:
             "seed": config.seed,
             "base": Path(os.path.relpath(config.base, self.out.absolute())).as_posix(),
             **manifest.machine(),
+            "processor": manifest.processor(self.model.device),
             "lock_sha256": manifest.lock_digest(config.base),
             "git": manifest.git(config.base),
             "model": dict(facts),
@@ -386,25 +396,35 @@ def _slug(key: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in key)
 
 
-def _model(config: Model, base: Path) -> tuple[HookedMultimodal, dict[str, Any]]:
+def _model(
+    config: Model, base: Path, given: Path | None = None
+) -> tuple[HookedMultimodal, dict[str, Any]]:
     """The model, and what the manifest says of it."""
-    files = manifest.model_files(config.name, base, config.revision)
-    if config.sha256 is not None and manifest.combined(files) != config.sha256:
-        raise RunError(
-            f"the files of the model {config.name} have the digest {manifest.combined(files)}, not "
-            f"{config.sha256} as the config says"
-        )
+    place = (config.name, base) if given is None else (str(given.absolute()), Path())
+    files = manifest.model_files(*place, config.revision)
+    if files:
+        _check_model(config, files)
     options = {
         "revision": config.revision,
         "device": config.device,
         "device_map": config.device_map,
         "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
     }
-    source = base / config.name
+    source = base / config.name if given is None else given
     model = HookedMultimodal.from_pretrained(source if source.is_dir() else config.name, **options)
-    files = files or manifest.model_files(config.name, base, config.revision)
+    if not files:  # now the hub's snapshot is there
+        files = manifest.model_files(*place, config.revision)
+        _check_model(config, files)
     facts = {"name": config.name, "revision": config.revision, "files": files}
     return model, {**facts, "sha256": manifest.combined(files)}
+
+
+def _check_model(config: Model, files: Mapping[str, str]) -> None:
+    if config.sha256 is not None and manifest.combined(files) != config.sha256:
+        raise RunError(
+            f"the files of the model {config.name} have the digest {manifest.combined(files)}, not "
+            f"{config.sha256} as the config says"
+        )
 
 
 def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
