@@ -23,7 +23,7 @@ CASES = {
     "faithfulness": {"pairs": "shown", "circuit": [CIRCUIT], "n_random": 1},
     "faithfulness_curve": {"pairs": "shown", "scores": {"step": "image"}, "fractions": [0.05]},
     "completeness": {"pairs": "shown", "circuit": CIRCUIT, "n_cuts": 1, "n_random": 1},
-    "minimality": {"pairs": "shown", "circuit": {"step": "image", "n": 5}, "n_random": 1},
+    "minimality": {"pairs": "shown", "circuit": CIRCUIT, "n_random": 1},
     "interchange": {
         "pairs": "shown",
         "text_pairs": "told",
