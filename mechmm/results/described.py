@@ -54,7 +54,7 @@ def _kinds(figure: go.Figure) -> str:
 def _kind(trace: Any) -> str:
     if trace.type == "scatter":
         return "lines" if "lines" in str(trace.mode) else "points"
-    return _KINDS.get(trace.type, trace.type)
+    return _KINDS.get(trace.type, str(trace.type))
 
 
 def _listed(what: str, texts: Sequence[Any]) -> str:
