@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mechmm.data import corruption, metrics
 from mechmm.data.pairs import PairDataset
@@ -76,6 +76,7 @@ class Scene:
     base: Path
 
 
+@runtime_checkable
 class Argument(Protocol):
     """A parameter that is no plain value."""
 

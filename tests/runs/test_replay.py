@@ -14,9 +14,9 @@ from mechmm.results.result import Result
 from mechmm.runs import manifest
 from mechmm.runs.archive import pack, unpack
 from mechmm.runs.paths import RunError
-from mechmm.runs.replay import RELATIVE, replay
+from mechmm.runs.replaying import RELATIVE, replay
 from mechmm.runs.runner import run
-from mechmm.runs.verify import verify
+from mechmm.runs.verification import verify
 from mechmm.zoo.recipe import build_model, save
 
 CONFIG = """
