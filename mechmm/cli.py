@@ -158,7 +158,7 @@ def verify(folder: RunFolder, as_json: AsJson = False) -> None:
     """Check every file of a run's folder against its manifest. Exit code 1 if anything differs."""
     from dataclasses import asdict
 
-    from mechmm.runs.verify import verify
+    from mechmm.runs.verification import verify
 
     with _refusals():
         found = verify(folder)
@@ -194,7 +194,7 @@ def replay(
     With equal versions on an equal machine all numbers must be the same, elsewhere within 1e-4 of
     the largest value of their array.
     """
-    from mechmm.runs.replay import print_replay, replay
+    from mechmm.runs.replaying import print_replay, replay
     from mechmm.runs.runner import Interrupted
 
     try:

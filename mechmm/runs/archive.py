@@ -26,7 +26,7 @@ from uuid import uuid4
 
 from mechmm.runs.citation import citation
 from mechmm.runs.paths import CITATION, MANIFEST, RESOLVED, WEIGHTS, parse_manifest, read_manifest
-from mechmm.runs.verify import BLOCK, expected, file_digest, is_inside, verify
+from mechmm.runs.verification import BLOCK, expected, file_digest, is_inside, verify
 
 FILES = 100_000
 """Entries that an archive may have."""

@@ -11,7 +11,7 @@ from made import digest, inside, link, seal, with_entries, write_run
 
 from mechmm.runs.archive import ArchiveError, Limits, pack, unpack
 from mechmm.runs.paths import RunError
-from mechmm.runs.verify import verify
+from mechmm.runs.verification import verify
 
 
 @pytest.fixture

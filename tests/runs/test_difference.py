@@ -15,7 +15,7 @@ from mechmm.cli import app
 from mechmm.runs.compare import compare
 from mechmm.runs.difference import diff
 from mechmm.runs.paths import RunError
-from mechmm.runs.verify import verify
+from mechmm.runs.verification import verify
 
 
 def test_a_run_as_it_was_verifies(tmp_path):

@@ -23,7 +23,7 @@ from mechmm.runs.difference import Difference, diff, print_difference
 from mechmm.runs.folder import Run
 from mechmm.runs.paths import PAIRS, WEIGHTS, RunError
 from mechmm.runs.runner import run
-from mechmm.runs.verify import verify
+from mechmm.runs.verification import verify
 
 RELATIVE = 1e-4
 """Of an array's largest value, on another machine or with other versions."""
