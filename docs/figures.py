@@ -181,13 +181,20 @@ def over_checkpoints() -> Figure:
         sys.exit(f"no {HISTORY}; make it: mechmm zoo train --out {HISTORY.parent} --phases 2")
     table = forming([*sorted(HISTORY.iterdir()), "mechmm/demo"])
     print(table.round(3).to_string(), flush=True)
+    return formed(table)
+
+
+def formed(table: DataFrame) -> Figure:
+    """A line for each measure; the untrained model is the first checkpoint already."""
+    table = table[table["checkpoint"] != "untrained"].dropna(subset="value")
     names = table["checkpoint"].unique().tolist()
     table = table.assign(x=table["checkpoint"].map(names.index), name=table["checkpoint"])
     null = table[table["measure"] == RANDOM]
     series = {str(m): rows for m, rows in table.groupby("measure", sort=False) if m != RANDOM}
-    extra = {"x_title": "checkpoint (the last: random weights)", "y_title": "share"}
+    steps = ", ".join(f"{i}: {name.lstrip('0123456789-')}" for i, name in enumerate(names))
+    extra = {"x_title": "checkpoint", "y_title": "share", "null_title": f"f of {RANDOM}"}
     title = "how the circuit for the color of a thing forms"
-    return plots.lines(series, title, null=null, null_title=RANDOM, **extra)
+    return plots.lines(series, title, steps, null=null, **extra)
 
 
 def forming(checkpoints: list[Path | str]) -> DataFrame:
