@@ -80,6 +80,12 @@ def dictionary() -> Figure:
     return found.plot()["features"]
 
 
+def deletion_insertion() -> Figure:
+    scores = mm.input_attribution(demo(), colors(6, 0), "occlusion", untrained=False)
+    found = mm.deletion_insertion(demo(), colors(6, 0), scores.image_scores(), n_random=3)
+    return found.plot()["deletion"]
+
+
 def direct_logit_attribution() -> Figure:
     found = mm.direct_logit_attribution(demo(), colors(), spans=("object", "image", "question"))
     return found.plot()["strongest"]
@@ -94,6 +100,10 @@ def early_exit() -> Figure:
     return mm.early_exit(demo(), shapes.pairs(demo(), "where", 48, seed=3)).plot()["agreement"]
 
 
+def emap() -> Figure:
+    return mm.emap(demo(), colors(32, 0)).plot()["accuracy"]
+
+
 def hallucination() -> Figure:
     blur, spans = corruption.on_images(corruption.blur, radius=2.5), ("object", "image")
     asked = [replace(p, clean=blur(p.clean)) for p in shapes.prior_pairs(demo(), 48, seed=0)]
@@ -101,6 +111,10 @@ def hallucination() -> Figure:
     pairs = mm.PairDataset(asked, demo())
     found = mm.hallucination(demo(), pairs, unseen, spans=spans, beta=1e-3, scale=8)
     return found.plot()["signals"]
+
+
+def input_attribution() -> Figure:
+    return mm.input_attribution(demo(), colors(6, 0), "occlusion").plot()["mass"]
 
 
 def interchange() -> Figure:
@@ -131,6 +145,10 @@ def logit_lens() -> Figure:
 
 def modality_gap() -> Figure:
     return mm.modality_gap(demo(), colors(16, 0)).plot()["closed"]
+
+
+def modality_shares() -> Figure:
+    return mm.modality_shares(demo(), colors(8, 0), n_orders=2).plot()["shares"]
 
 
 def neurons() -> Figure:
@@ -245,16 +263,20 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "back_patch": back_patch,
     "circuits": circuits,
     "cka": cka,
+    "deletion_insertion": deletion_insertion,
     "dictionary": dictionary,
     "direct_logit_attribution": direct_logit_attribution,
     "dissection": dissection,
     "early_exit": early_exit,
+    "emap": emap,
     "hallucination": hallucination,
+    "input_attribution": input_attribution,
     "interchange": interchange,
     "knockout": knockout,
     "latent_lens": latent_lens,
     "logit_lens": logit_lens,
     "modality_gap": modality_gap,
+    "modality_shares": modality_shares,
     "neurons": neurons,
     "over_checkpoints": over_checkpoints,
     "patching": patching,
