@@ -11,7 +11,7 @@ PINS := torch==2.13.0 transformers==5.23.0 transformer-lens==4.3.0
 UPGRADE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks families docs bench lock clean
+.PHONY: help demo test lint notebooks families docs figures bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -40,6 +40,10 @@ families: $(INSTALLED) ## make docs/families.md from the rows
 
 docs: $(INSTALLED) ## build the documentation site: build/docs/index.html
 	$(BIN)/python docs/build_site.py build/docs
+
+# Needs the extra static (kaleido) and a Chromium.
+figures: $(INSTALLED) ## make the figures of docs/methods that need no training run
+	$(BIN)/python docs/figures.py
 
 bench: $(INSTALLED) ## run every benchmark on its quick setting
 	@set -e; for benchmark in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \

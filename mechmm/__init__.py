@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         DirectLogitAttribution,
         direct_logit_attribution,
     )
+    from mechmm.methods.dissection import Dissection, dissection
     from mechmm.methods.early_exit import EarlyExit, early_exit
     from mechmm.methods.emap import Emap, emap
     from mechmm.methods.hallucination import Hallucination, hallucination
@@ -94,6 +95,7 @@ _HOME = {
         "DirectLogitAttribution",
         "direct_logit_attribution",
     ),
+    "mechmm.methods.dissection": ("Dissection", "dissection"),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
     "mechmm.methods.emap": ("Emap", "emap"),
     "mechmm.methods.hallucination": ("Hallucination", "hallucination"),
@@ -145,6 +147,7 @@ __all__ = [
     "DeletionInsertion",
     "Dictionary",
     "DirectLogitAttribution",
+    "Dissection",
     "EarlyExit",
     "Emap",
     "Faithfulness",
@@ -197,6 +200,7 @@ __all__ = [
     "deletion_insertion",
     "dictionary",
     "direct_logit_attribution",
+    "dissection",
     "early_exit",
     "emap",
     "faithfulness",
