@@ -24,7 +24,9 @@ FENCED = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\n(?=\*\*[^*\n]+\.\*\* )")
 """In front of a line that begins with bold words, which is to begin a paragraph."""
 CONTENTS = {
-    "Guide": ("docs/guide.md", "docs/runs.md", "docs/scale.md", "docs/families.md"),
+    "Guide": tuple(
+        f"docs/{name}.md" for name in ("guide", "runs", "replay", "report", "scale", "families")
+    ),
     "Methods": ("docs/methods/patching.md", "docs/methods/circuits.md", "docs/methods/*.md"),
     "API": tuple(f"api/{room}.rst" for room in ROOMS),
     "Findings": ("experiments/README.md", "experiments/*/README.md", "experiments/*/*.md"),
