@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from docstrings import escaped
 from docutils import nodes
@@ -20,6 +21,7 @@ ROOMS = {
     "engine": "Sites, sweeps and graphs",
     "methods": "Methods and their results",
     "results": "Circuits, graphs and pages",
+    "runs": "Reproducible runs",
 }
 """What the names of every room are."""
 STOP = "HookedRootModule, Module, ABC, KeyError, ValueError"
@@ -43,27 +45,33 @@ def api_pages() -> Iterator[tuple[str, str]]:
 def _homes() -> dict[str, dict[str, object]]:
     """The public names as users write them, with what they stand for, by module."""
     homes: dict[str, dict[str, object]] = {}
-    for name in mechmm.__all__:
-        if not isinstance(thing := getattr(mechmm, name), ModuleType):
-            homes.setdefault(thing.__module__, {})[f"mechmm.{name}"] = thing
-    modules = [thing for thing in vars(mechmm.data).values() if isinstance(thing, ModuleType)]
-    for module in [result, *modules]:
-        _add(homes, module, module.__name__)
-    _add(homes, mechmm.sites, "mechmm.sites")
+    public = {f"mechmm.{name}": getattr(mechmm, name) for name in mechmm.__all__}
+    for name, thing in sorted(public.items(), key=lambda named: isinstance(named[1], ModuleType)):
+        _add(homes, thing, name)
+    _add(homes, result, result.__name__)
     return {home: _functions_first(homes[home]) for home in sorted(homes)}
+
+
+def _add(homes: dict[str, dict[str, object]], thing: Any, called: str) -> None:
+    """A function or class by its first name, or all that is public in a module."""
+    if isinstance(thing, ModuleType):
+        for name in getattr(thing, "__all__", vars(thing)):
+            if _belongs(inner := getattr(thing, name), name, thing):
+                _add(homes, inner, f"{called}.{name}")
+    elif callable(thing) and thing.__doc__ and thing.__module__.startswith("mechmm."):
+        names = homes.setdefault(thing.__module__, {})
+        if thing not in names.values():
+            names[called] = thing
+
+
+def _belongs(thing: Any, name: str, module: ModuleType) -> bool:
+    """Whether a name of a module is public: those of `__all__`, or without it the module's own."""
+    own = getattr(thing, "__module__", None) == module.__name__ and not name.startswith("_")
+    return own or hasattr(module, "__all__")
 
 
 def _functions_first(names: dict[str, object]) -> dict[str, object]:
     return dict(sorted(names.items(), key=lambda named: inspect.isclass(named[1])))
-
-
-def _add(homes: dict[str, dict[str, object]], module: ModuleType, called: str) -> None:
-    """The module's own public names that have not come with `mechmm.__all__`."""
-    names = homes.setdefault(module.__name__, {})
-    for name, thing in vars(module).items():
-        own = getattr(thing, "__module__", None) == module.__name__ and callable(thing)
-        if own and not name.startswith("_") and thing not in names.values() and thing.__doc__:
-            names[f"{called}.{name}"] = thing
 
 
 def _room_page(title: str, homes: dict[str, dict[str, object]]) -> str:

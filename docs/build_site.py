@@ -24,7 +24,9 @@ FENCED = re.compile(r"(^```.*?^```)", re.M | re.S)
 LEAD = re.compile(r"\n(?=\*\*[^*\n]+\.\*\* )")
 """In front of a line that begins with bold words, which is to begin a paragraph."""
 CONTENTS = {
-    "Guide": ("docs/guide.md", "docs/runs.md", "docs/scale.md", "docs/families.md"),
+    "Guide": tuple(
+        f"docs/{name}.md" for name in ("guide", "runs", "replay", "report", "scale", "families")
+    ),
     "Methods": ("docs/methods/patching.md", "docs/methods/circuits.md", "docs/methods/*.md"),
     "API": tuple(f"api/{room}.rst" for room in ROOMS),
     "Findings": ("experiments/README.md", "experiments/*/README.md", "experiments/*/*.md"),
@@ -37,12 +39,14 @@ def build(out: Path) -> int:
     """Build the site into `out`, from nothing; 0 where there was nothing to warn about."""
     if out.exists() and any(out.iterdir()) and not (out / "objects.inv").exists():
         sys.exit(f"{out} holds something that is no site; give a new folder")
-    shutil.rmtree(out, ignore_errors=True)
     with TemporaryDirectory() as folder:
-        source, trees = Path(folder) / "site", Path(folder) / "trees"
+        source, trees, site = (Path(folder) / name for name in ("source", "trees", "site"))
         lay_out(source)
         options = ["-q", "-W", "--keep-going", "-c", str(ROOT / "docs"), "-d", str(trees)]
-        return main([*options, str(source), str(out)])
+        failed = main([*options, str(source), str(site)])
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(site, out)  # at the end, so that an interrupted build leaves what was there
+    return failed
 
 
 def lay_out(source: Path) -> None:

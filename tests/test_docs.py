@@ -97,7 +97,7 @@ class Parsed(HTMLParser):
 def site(tmp_path_factory) -> dict[Path, Parsed]:
     """Every page of the built site."""
     if not all(find_spec(name) for name in ("sphinx", "myst_parser", "furo")):
-        pytest.skip('sphinx is not installed: pip install "mechmm[docs]"')
+        pytest.skip('sphinx is not installed: pip install ".[docs]"')
     out = tmp_path_factory.mktemp("docs") / "site"
     command = [sys.executable, str(ROOT / "docs" / "build_site.py"), str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -125,7 +125,7 @@ def test_site_has_every_page(site):
 def test_site_has_every_public_name(site):
     ids = set().union(*(page.ids for page in site.values()))
     names = [n for n in mechmm.__all__ if not isinstance(getattr(mechmm, n), ModuleType)]
-    names += ["sites.residual", "data.shapes.color_pairs", "HookedMultimodal.encode"]
+    names += ["sites.residual", "data.shapes.color_pairs", "HookedMultimodal.encode", "runs.run"]
     assert [name for name in names if f"mechmm.{name}" not in ids] == []
 
 
