@@ -13,6 +13,7 @@ import pandas as pd
 from rich.console import Console
 
 from mechmm.runs.compare import values
+from mechmm.runs.engines import PLACES
 from mechmm.runs.paths import HEADLINES, RESOLVED, RunError, read_manifest
 from mechmm.runs.terminal import print_table
 
@@ -23,7 +24,7 @@ class Difference:
 
     Attributes:
         settings: one row per key of the resolved configs that differs: key, first, second.
-        versions: one row per entry of the manifests that says what ran where, and differs.
+        versions: one row per entry that says what ran where, and differs.
         values: one row per field of every result and column of every table: whether all of it is
             equal (`same`), the `largest` and the `relative` difference, `where` it is the largest,
             the values there, and `why` where no number tells them apart.
@@ -67,11 +68,16 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     """
     one, other = Path(first), Path(second)
     manifests = [read_manifest(folder) for folder in (one, other)]
-    settings = [_json(folder / RESOLVED) for folder in (one, other)]
+    settings = [dict(_flatten(_json(folder / RESOLVED))) for folder in (one, other)]
+    for found in settings:
+        found.pop("overrides", None)  # how a setting came about
+    where = [f"engine.{key}" for key in PLACES]
+    places = [{key: found.pop(key, None) for key in where} for found in settings]
+    ran = [{**environment(m), **place} for m, place in zip(manifests, places, strict=True)]
     heads = [_json(folder / HEADLINES) for folder in (one, other)]
     return Difference(
-        _unequal(*(dict(_flatten(found)) for found in settings)),
-        _unequal(*(environment(manifest) for manifest in manifests)),
+        _unequal(*settings),
+        _unequal(*ran),
         values(one, other),
         _headlines(*heads),
     )

@@ -2,7 +2,8 @@
 
 The config is the folder's `resolved.json`, the pairs are those saved in it; the model is found by
 name, in `weights/` or where it is said to lie, and refused unless its files have the hashes of
-the manifest. Nothing else is read, and no code of the folder is executed.
+the manifest. Nothing else is read, and no code of the folder is executed. It runs in this process,
+wherever the first run was computed.
 
 With equal versions on an equal machine every number must be the same. Elsewhere sums are added up
 in another order: then numbers agree within `RELATIVE` of the largest value of their array.
@@ -11,7 +12,7 @@ in another order: then numbers agree within `RELATIVE` of the largest value of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 
 from mechmm.runs import manifest as manifests
 from mechmm.runs.difference import Difference, diff, print_difference
+from mechmm.runs.engines import Engine
 from mechmm.runs.folder import Run
 from mechmm.runs.paths import PAIRS, WEIGHTS, RunError
 from mechmm.runs.runner import run
@@ -81,9 +83,10 @@ def replay(
     config, weights = old.config, folder / WEIGHTS
     source = Path(model) if model else weights if weights.is_dir() else None
     _check_model(old, source)
+    engine = Engine(chunk=config.engine.chunk, tokens=config.engine.tokens)
     with TemporaryDirectory(prefix="mechmm-replay-") as near:
         new = Path(out) if out else Path(near) / "run"
-        run(config, new, saved=folder / PAIRS, source=source)
+        run(replace(config, engine=engine), new, saved=folder / PAIRS, source=source)
         _check_same_model(old, Run.open(new))
         relative = 0.0 if _alike(old.manifest, Run.open(new).manifest) else RELATIVE
         return Replay(diff(folder, new), relative, new if out else None)
