@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 from mechmm.runs.config import Headline
 from mechmm.runs.expectation import Expectation
@@ -47,6 +48,25 @@ def measured(headline: Headline, table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def tables_of(headlines: Sequence[Headline], result: Result) -> dict[str, pd.DataFrame]:
+    """The tables that headlines of a step read, by name.
+
+    Raises:
+        HeadlineError: a result that has no such table.
+    """
+    found = {}
+    for headline in headlines:
+        make = getattr(result, headline.table, None)
+        if make is None:
+            raise HeadlineError(
+                f"headline {headline.name!r}: the result of step {headline.step!r} "
+                f"({type(result).__name__}) has no table {headline.table!r}; leave `table` away"
+            )
+        if headline.table not in found:
+            found[headline.table] = make()
+    return found
+
+
 def verdict(found: Sequence[dict[str, Any]]) -> str:
     """Of all headlines that state an expectation."""
     stated = [one["agrees"] for one in found if one["agrees"] is not None]
@@ -62,7 +82,7 @@ def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if table.index.name is not None:
         table = table.reset_index()
     wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
-    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high")]
+    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high", "")]
     for name in wanted:
         if name not in table.columns:
             there = ", ".join(map(str, table.columns))
@@ -116,7 +136,9 @@ def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tup
 
 
 def _own(headline: Headline, rows: pd.DataFrame, column: str) -> float:
-    """What a single row says of its interval, less what is subtracted."""
+    """What a single row says of its interval, less what is subtracted; NaN for no column at all."""
+    if column == "":
+        return math.nan
     if column not in rows.columns:
         return math.nan
     less = 0.0 if headline.minus is None else float(rows[headline.minus].iloc[0])

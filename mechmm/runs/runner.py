@@ -289,10 +289,9 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        if own:
-            table = found.to_dataframe()
-            for headline in own:
-                heads.check_columns(headline, table)
+        tables = heads.tables_of(own, found)
+        for headline in own:
+            heads.check_columns(headline, tables[headline.table])
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -338,11 +337,12 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
+        wanted = self.config.headlines
         tables = {
-            name: self._result(name).to_dataframe()
-            for name in {headline.step for headline in self.config.headlines}
+            step: heads.tables_of([one for one in wanted if one.step == step], self._result(step))
+            for step in {one.step for one in wanted}
         }
-        found = [heads.measured(one, tables[one.step]) for one in self.config.headlines]
+        found = [heads.measured(one, tables[one.step][one.table]) for one in wanted]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
@@ -411,8 +411,11 @@ def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
             pairs = makers.loaded(config.base / one.folder, model)
         else:
             pairs = makers.made(str(one.make), one.options, model)
+        scene = Scene(model, {}, _nothing, config.base)
+        if one.clean is not None:
+            pairs = makers.distorted(pairs, one.clean, scene)
         if one.corrupt is not None:
-            pairs = makers.corrupted(pairs, one.corrupt, Scene(model, {}, _nothing, config.base))
+            pairs = makers.corrupted(pairs, one.corrupt, scene)
         pairs = makers.kept(pairs, one.keep, one.name)
     except PairError as error:
         raise PairError(f"pairs.{one.name}: {error}") from error
