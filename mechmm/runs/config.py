@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from mechmm.engine.calibrate import DEFAULT
+from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
 from mechmm.runs.expectation import Expectation
 from mechmm.runs.hints import MisfitError, cast
@@ -82,7 +83,9 @@ class Headline:
     """One number read off the table of a step.
 
     Attributes:
-        column, where: of the rows whose columns have these values.
+        column, where: of the rows whose columns have these values, or of numbers fit a comparison
+            such as `>= 0.85`.
+        table: of the step's result; the default is the one that every result has.
         minus: another column, which is subtracted row by row.
         statistic: of the rows. low, high: columns that hold the interval of a single row.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
@@ -96,6 +99,7 @@ class Headline:
     statistic: str = "mean"
     low: str = "low"
     high: str = "high"
+    table: str = tables.MAIN
     expect: str | None = None
 
 
@@ -276,7 +280,9 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
     for number, row in enumerate(_rows(raw, "headlines", place)):
         at = place.at("headlines").at(number)
         one = _section(Headline, row, at)
-        at.at("step").choice(one.step, [step.name for step in steps], "step")
+        methods = {step.name: METHODS[step.method] for step in steps}
+        method = methods[at.at("step").choice(one.step, list(methods), "step")]
+        at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
         if one.expect is not None:
             try:

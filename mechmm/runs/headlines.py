@@ -62,7 +62,7 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
             raise _error(headline, f"has no column {name!r}; it has {', '.join(table.columns)}")
     keep = pd.Series(True, index=table.index)
     for name, value in headline.where.items():
-        fits = (table[name] == value).fillna(False).astype(bool)
+        fits = _fits(table[name], value)
         if not fits.any():
             known = ", ".join(map(repr, table[name].dropna().unique()[:20].tolist()))
             raise _error(headline, f"has no row with {name} = {value!r}; there is {known}")
@@ -70,6 +70,17 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if not keep.any():
         raise _error(headline, f"has no row that fits all of {dict(headline.where)}")
     return table[keep]
+
+
+def _fits(column: pd.Series, value: Any) -> pd.Series:
+    """Which rows have a value; numbers may be compared with one in words."""
+    if isinstance(value, str) and pd.api.types.is_numeric_dtype(column):
+        try:
+            expected = Expectation.read(value)
+        except ValueError:
+            return pd.Series(False, index=column.index)
+        return column.map(lambda number: expected.agrees(float(number)))
+    return (column == value).fillna(False).astype(bool)
 
 
 def _numbers(headline: Headline, rows: pd.DataFrame) -> np.ndarray:

@@ -31,7 +31,7 @@ from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
 from mechmm.runs import headlines as heads
-from mechmm.runs import makers, manifest
+from mechmm.runs import makers, manifest, tables
 from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, Model, PairSet, Step
 from mechmm.runs.config import load as load_config
@@ -292,11 +292,9 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        tables = {
-            name: self._result(name).to_dataframe()
-            for name in {headline.step for headline in self.config.headlines}
-        }
-        found = [heads.measured(one, tables[one.step]) for one in self.config.headlines]
+        wanted = {(headline.step, headline.table) for headline in self.config.headlines}
+        read = {key: tables.read(self._result(key[0]), key[1]) for key in wanted}
+        found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
