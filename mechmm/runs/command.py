@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mechmm.runs.folder import Run
-from mechmm.runs.runner import Interrupted, resume, run
+from mechmm.runs.runner import resume, run
 from mechmm.runs.terminal import print_table
 
 SHOWN = ["name", "value", "low", "high", "n", "expect", "agrees"]
@@ -19,8 +19,8 @@ def run_command(
     """Run a config, or go on with a run; the exit code: 0, 1 (cannot be run) or 130."""
     try:
         found = _found(config, overrides, out, old)
-    except Interrupted as error:
-        print(f"mechmm: {error}", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"mechmm: {str(error) or 'interrupted; nothing was written'}", file=sys.stderr)
         return 130
     except (ValueError, KeyError, OSError) as error:
         print(f"mechmm: {error}", file=sys.stderr)

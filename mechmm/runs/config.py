@@ -55,6 +55,7 @@ class PairSet:
 
     Attributes:
         make: name of a maker, with `options`; or `folder`, written by `PairDataset.save`.
+        clean: a distortion of the pictures of the clean prompts, or None.
         keep: `flips`, `right` or `all`.
         corrupt: a corruption of the pictures that makes the corrupt prompts, or None.
         sha256: of the pairs' content; the run is refused where it differs.
@@ -65,6 +66,7 @@ class PairSet:
     folder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     keep: str = "all"
+    clean: Mapping[str, Any] | None = None
     corrupt: Mapping[str, Any] | None = None
     sha256: str | None = None
 
@@ -212,6 +214,7 @@ def parse(
 
 
 _TABLES = ("model", "pairs", "steps", "headlines", "engine")
+_OWN = ("make", "folder", "keep", "clean", "corrupt", "sha256")
 
 
 def _model(raw: Mapping[str, Any], place: Place, base: Path) -> Model:
@@ -238,15 +241,15 @@ def _set(name: str, value: Any, place: Place, base: Path, seed: int) -> PairSet:
         raise place.error(f"must be a table such as [pairs.{name}], not {value!r}")
     if ("make" in value) == ("folder" in value):
         raise place.error("give one of `make` and `folder`")
-    own = {k: v for k, v in value.items() if k in ("make", "folder", "keep", "corrupt", "sha256")}
+    own = {k: v for k, v in value.items() if k in _OWN}
     options = {k: v for k, v in value.items() if k not in own}
-    corrupt = own.get("corrupt")
-    if corrupt is not None:
-        own["corrupt"] = check_corruption(corrupt, place.at("corrupt"))
+    for side in ("clean", "corrupt"):
+        if own.get(side) is not None:
+            own[side] = check_corruption(own[side], place.at(side))
     found = _section(PairSet, {**own, "name": name, "options": {}}, place)
     place.at("keep").choice(found.keep, KEEP, "keep")
     if found.make is None:
-        place.only(options, ("folder", "keep", "corrupt", "sha256"))
+        place.only(options, _OWN[1:])
         return PairSet(**{**_shallow(found), "folder": local(str(found.folder), base)})
     place.at("make").choice(found.make, MAKERS, "maker")
     checked = check_options(found.make, {"seed": seed, **options}, place)
@@ -359,5 +362,5 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_dict(one: PairSet) -> dict[str, Any]:
-    own = {key: getattr(one, key) for key in ("make", "folder", "keep", "corrupt", "sha256")}
+    own = {key: getattr(one, key) for key in _OWN}
     return {**_without_none(own), **one.options}

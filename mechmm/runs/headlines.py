@@ -53,13 +53,25 @@ def verdict(found: Sequence[dict[str, Any]]) -> str:
     return NONE if not stated else AGREE if all(stated) else DISAGREE
 
 
-def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
+def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
+    """The table with a named index as a column.
+
+    Raises:
+        HeadlineError: a column that it does not have, with those it has.
+    """
     if table.index.name is not None:
         table = table.reset_index()
     wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
+    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high")]
     for name in wanted:
         if name not in table.columns:
-            raise _error(headline, f"has no column {name!r}; it has {', '.join(table.columns)}")
+            there = ", ".join(map(str, table.columns))
+            raise _error(headline, f"has no column {name!r}; it has {there}")
+    return table
+
+
+def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
+    table = check_columns(headline, table)
     keep = pd.Series(True, index=table.index)
     for name, value in headline.where.items():
         fits = _fits(table[name], value)
@@ -117,9 +129,7 @@ def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tup
 def _own(headline: Headline, rows: pd.DataFrame, column: str) -> float:
     """What a single row says of its interval, less what is subtracted."""
     if column not in rows.columns:
-        if column in ("low", "high"):
-            return math.nan
-        raise _error(headline, f"has no column {column!r}; it has {', '.join(rows.columns)}")
+        return math.nan
     less = 0.0 if headline.minus is None else float(rows[headline.minus].iloc[0])
     value = rows[column].iloc[0]
     return math.nan if pd.isna(value) else float(value) - less

@@ -195,6 +195,7 @@ class _Job:
                 for name, pairs in self.sets.items()
             },
             "outputs": manifest.outputs(folder),
+            "notes": [],
             "headlines": [],
             "verdict": "",
         }
@@ -219,6 +220,7 @@ class _Job:
             with _interruptible() as stopped:
                 for step in self.config.steps:
                     self._step(step, stopped)
+                return self._finish()
         except KeyboardInterrupt:
             self._note()
             raise Interrupted(
@@ -227,7 +229,6 @@ class _Job:
         except Exception as error:
             self._fail(error)
             raise
-        return self._finish()
 
     def _step(self, step: Step, stopped: threading.Event) -> None:
         joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
@@ -241,6 +242,7 @@ class _Job:
                             found = self._run(step, part, number, len(parts), report)
                         if stopped.is_set():  # some methods end an interrupted run with NaN
                             raise KeyboardInterrupt
+                        self._check_headlines(step, found)
                         found.save(place)
                         self._note()
             folders = [chunks / f"{number:05d}" for number in range(len(parts))]
@@ -253,6 +255,14 @@ class _Job:
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
+
+    def _check_headlines(self, step: Step, found: Result) -> None:
+        """Refuse columns that a step's table does not have as soon as there is one."""
+        own = [headline for headline in self.config.headlines if headline.step == step.name]
+        if own:
+            table = found.to_dataframe()
+            for headline in own:
+                heads.check_columns(headline, table)
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Any) -> Result:
         def told(done: int, total: int) -> None:
@@ -283,7 +293,13 @@ class _Job:
             self.out / RESULTS / f"{step.name}.csv",
             table.to_csv(index=table.index.name is not None, lineterminator="\n").encode(),
         )
-        for key, figure in figures(found).items():
+        try:
+            drawn = figures(found)
+        except ValueError as error:  # numbers that cannot be drawn are no reason to lose the rest
+            note = f"step {step.name!r} has no figures: {error}"
+            self._note(notes=sorted({*Run.open(self.out).manifest.get("notes", ()), note}))
+            return
+        for key, figure in drawn.items():
             path = self.out / FIGURES / f"{step.name}.{key}.json"
             write_whole(path, figure.to_json().encode())
 
@@ -375,8 +391,11 @@ def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
             pairs = makers.loaded(config.base / one.folder, model)
         else:
             pairs = makers.made(str(one.make), one.options, model)
+        scene = Scene(model, {}, _nothing, config.base)
+        if one.clean is not None:
+            pairs = makers.distorted(pairs, one.clean, scene)
         if one.corrupt is not None:
-            pairs = makers.corrupted(pairs, one.corrupt, Scene(model, {}, _nothing, config.base))
+            pairs = makers.corrupted(pairs, one.corrupt, scene)
         pairs = makers.kept(pairs, one.keep, one.name)
     except PairError as error:
         raise PairError(f"pairs.{one.name}: {error}") from error
