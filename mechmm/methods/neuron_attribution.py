@@ -131,13 +131,15 @@ class NeuronAttribution(Result):
 
     def decoded(self) -> pd.DataFrame:
         """One row per set of neurons, the chosen one first: the share of its neurons that have an
-        answer of some pair among their words. None in a vision tower."""
+        answer of some pair among their words, beside the mean share of the random sets. None in a
+        vision tower."""
         rows = [
             ("top" if number == 0 else f"random {number}", self._tell(words), number > 0)
             for number, words in enumerate((self.words, *self.random_words))
             if words
         ]
-        return pd.DataFrame(rows, columns=["neurons", "share", "null"])
+        table = pd.DataFrame(rows, columns=["neurons", "share", "null"])
+        return table.assign(random_mean=table.loc[table["null"], "share"].mean())
 
     def _tell(self, words: Sequence[str]) -> float:
         """The share of some neurons that write an answer."""
