@@ -62,7 +62,8 @@ import mechmm as mm
 from mechmm.data.pairs import Prompt
 from mechmm.testing.vocabulary import WORDS
 
-OURS, BARE, LENS = "mechmm", "bare passes", "TransformerLens"
+OURS, LENS = "mechmm", "TransformerLens"
+ALL, BARE = "bare passes", "bare passes, logits of one position"
 STEPS = 5
 LENGTHS = (16, 64, 230, 460)
 CLOSE = 1e-3
@@ -91,9 +92,9 @@ class Case(Task):
         """All pairs, ready to run."""
         return self.pairs[pair].batch(range(len(self.pairs[pair])))
 
-    def passes(self, pair: str) -> Bare:
-        """The bare passes on the same prompts."""
-        return Bare(self, pair)
+    def passes(self, pair: str, keep: int = 1) -> Bare:
+        """The bare passes on the same prompts; `keep`: logits of so many positions, 0: of all."""
+        return Bare(self, pair, keep)
 
     def language(self, attribution: mm.Attribution) -> Tensor:
         """Mean scores of the language model alone, in the order of `_peers.Peers.flat`."""
@@ -121,8 +122,8 @@ def text(words: int, seed: int) -> Prompt:
 class Bare:
     """A forward pass on the clean prompts, a forward and a backward pass on the corrupt ones."""
 
-    def __init__(self, case: Case, pair: str) -> None:
-        self.case, self.batch = case, case.batch(pair)
+    def __init__(self, case: Case, pair: str, keep: int) -> None:
+        self.case, self.batch, self.keep = case, case.batch(pair), keep
 
     def __call__(self) -> None:
         with torch.no_grad():
@@ -143,8 +144,9 @@ class Bare:
         torch.autograd.grad(metric, leaf)
 
     def logits(self, inputs: dict[str, Any]) -> Tensor:
-        """After the last position, as a user asks for them."""
-        return self.case.model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1]
+        """After the last position."""
+        options = {"use_cache": False, "logits_to_keep": self.keep}
+        return self.case.model(**inputs, **options).logits[:, -1]
 
 
 # The others -----------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def text_rows(case: Case, process: Process, run: Run) -> list[Row]:
     """EAP and EAP-IG on text, beside the passes and both packages."""
     rows = []
     goals = {
-        "eap": {BARE: "<= 1.6", EAP_IG: ">= 9", AUTO_CIRCUIT: ">= 9"},
+        "eap": {ALL: "<= 1.6", BARE: "<= 1.6", EAP_IG: ">= 9", AUTO_CIRCUIT: ">= 9"},
         "eap-ig": {EAP_IG: ">= 8", AUTO_CIRCUIT: ">= 11"},
     }
     for job, options in (("eap", {}), ("eap-ig", {"steps": STEPS})):
@@ -265,8 +267,9 @@ def text_rows(case: Case, process: Process, run: Run) -> list[Row]:
         sides: dict[str, Any] = {OURS: lambda m=method, o=options: case.ours("text", m, **o)}
         ours, gaps = case.language(sides[OURS]()), {}
         if job == "eap":
-            sides[BARE] = case.passes("text")
-        for library in (name for name in goals[job] if name not in (BARE, *process.missing)):
+            sides |= {ALL: case.passes("text", 0), BARE: case.passes("text")}
+        passes = (ALL, BARE)
+        for library in (name for name in goals[job] if name not in (*passes, *process.missing)):
             sides[library] = process.side(library, job, **options)
             theirs = process.scores(library, job, **options)
             if (library, job) != (AUTO_CIRCUIT, "eap-ig"):  # it integrates over masks
@@ -279,20 +282,20 @@ def text_rows(case: Case, process: Process, run: Run) -> list[Row]:
                 rows.append(told(Row(name, other, "ms", note=process.missing[other])))
                 continue
             pair = times[OURS], times[other]
-            bound, turned = goal if run.real else None, other != BARE
+            bound, turned = goal if run.real else None, other not in passes
             row = compare(name, other, "ms", *pair, bound, gaps.get(other), turned)
             rows.append(told(row))
     return rows
 
 
-def tower_row(shape: Shape, pairs: int, run: Run) -> Row:
+def tower_rows(shape: Shape, pairs: int, run: Run) -> list[Row]:
     """EAP over both towers as a multiple of the bare passes."""
     case = Case(shape, pairs)
-    sides = {OURS: lambda: case.ours("image", "eap"), BARE: case.passes("image")}
-    times = interleaved(sides, run.rounds)
+    passes = {ALL: case.passes("image", 0), BARE: case.passes("image")}
+    times = interleaved({OURS: lambda: case.ours("image", "eap"), **passes}, run.rounds)
     name = f"EAP, both towers: {shape.layers} layers, {case.positions} positions, pairs: {pairs}"
     goal = "<= 1.6" if run.real else None
-    return told(compare(name, BARE, "ms", times[OURS], times[BARE], goal))
+    return [told(compare(name, other, "ms", times[OURS], times[other], goal)) for other in passes]
 
 
 def memory_row(case: Case, run: Run, pairs: int) -> Row:
@@ -406,7 +409,8 @@ def measure(shape: Shape, run: Run, jobs: Sequence[str]) -> list[Row]:
         with closing(Process(case, run.python)) as process:
             rows += made(case, process, run)
     if "towers" in jobs:
-        rows += [tower_row(*size, run) for size in sizes(shape, run.real)]
+        for size in sizes(shape, run.real):
+            rows += tower_rows(*size, run)
     if "memory" in jobs:
         rows += [memory_row(Case(shape, pairs), run, pairs) for pairs in (1, 4)]
     if "split" in jobs:

@@ -38,6 +38,7 @@ from mechmm.data.pairs import PairDataset
 from mechmm.engine.checks import check_places
 from mechmm.engine.located import located
 from mechmm.engine.places import Ints, Places, Values, halves, index
+from mechmm.engine.shelf import Keep
 from mechmm.engine.sites import Sites
 from mechmm.engine.source import Donor, Source
 from mechmm.model.hooked import HookedMultimodal
@@ -60,6 +61,7 @@ def estimated(
     source: Source = "clean",
     seed: int = 0,
     batch_size: int = 16,
+    state: Keep = "device",
 ) -> Float[Tensor, "site example"]:
     """The estimated change of the metric by every site, for every pair.
 
@@ -75,7 +77,7 @@ def estimated(
     arguments = (model, pairs, sites, metric, base, source, seed)
     while True:
         try:
-            return _estimated(*arguments, batch_size)
+            return _estimated(*arguments, batch_size, state)
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
@@ -125,8 +127,9 @@ def _estimated(
     source: Source,
     seed: int,
     batch_size: int,
+    state: Keep,
 ) -> Float[Tensor, "site example"]:
-    donor = Donor(model, pairs, sites, source, seed, batch_size)
+    donor = Donor(model, pairs, sites, source, seed, batch_size, state)
     columns = []
     for batch in pairs.batches(batch_size):
         check_places(sites, batch, seed)

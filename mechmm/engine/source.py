@@ -15,6 +15,7 @@ from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.located import located
 from mechmm.engine.places import Ints, Places, Values, halves, index
 from mechmm.engine.record import values
+from mechmm.engine.shelf import Keep, Shelf, pick
 from mechmm.engine.sites import Sites
 from mechmm.model.batch import Batch
 from mechmm.model.hooked import HookedMultimodal
@@ -85,7 +86,11 @@ class InterventionError(ValueError):
 
 
 class Donor:
-    """Gives the values for the places of one batch of pairs after another."""
+    """Gives the values for the places of one batch of pairs after another.
+
+    Args:
+        state: where what other prompts' runs have is kept; that of one batch at a time.
+    """
 
     def __init__(
         self,
@@ -95,9 +100,10 @@ class Donor:
         source: Source,
         seed: int,
         batch_size: int,
+        state: Keep = "device",
     ) -> None:
         self.model, self.pairs, self.sites, self.source = model, pairs, sites, source
-        self.seed = seed
+        self.seed, self.shelf = seed, Shelf(state)
         self.hooks = sites.table["hook"].unique().tolist()
         self.means = self._means(batch_size) if source == "mean" else {}
         others = np.random.default_rng(seed).permutation(len(pairs))
@@ -123,12 +129,14 @@ class Donor:
 
     def _of(self, batch: Batch, places: Places) -> Values:
         """The values that the same places have in a run of other prompts."""
-        found = values(self.model, batch, self.hooks)
+        self.shelf.clear()
+        found = self.shelf.put(values(self.model, batch, self.hooks))
 
         def give(hook: str, at: Ints, now: Tensor) -> Tensor:
             there = places.chosen(at)
             tensor = found[hook]
-            new = tensor[index(hook, there.row, there.position, there.part, tensor)]
+            where = index(hook, there.row, there.position, there.part, tensor)
+            new = pick(tensor, *where, device=now.device)
             _check_alike(hook, new, now)
             return new
 

@@ -145,7 +145,8 @@ class _Run:
     def all(self) -> None:
         """Every batch."""
         sweep, size = self.sweep, self.plan.batch_size
-        donor = Donor(sweep.model, sweep.pairs, sweep.sites, sweep.source, sweep.seed, size)
+        what = (sweep.model, sweep.pairs, sweep.sites, sweep.source, sweep.seed)
+        donor = Donor(*what, size, sweep.state)
         for batch in sweep.pairs.batches(size):
             base = getattr(batch, sweep.base)
             places = located(sweep.sites, base.layout, sweep.seed, batch.numbers)

@@ -460,9 +460,11 @@ def _check_screen(screen: str | None, keep: float) -> None:
 
 
 def _estimates(sweep: Sweep) -> Float[Tensor, "site example"]:
-    """Every cell's change of the metric by attribution patching."""
+    """Every cell's change of the metric by attribution patching, of as many pairs at once as the
+    budget leaves the sweep."""
     what = (sweep.model, sweep.pairs, sweep.sites, sweep.metric, sweep.base, sweep.source)
-    return estimated(*what, sweep.seed, sweep.batch_size)
+    size = sweep.batch_size if sweep.budget is None else sweep.plan().batch_size
+    return estimated(*what, sweep.seed, size, sweep.state)
 
 
 def _chosen(sites: Sites, estimates: Tensor, keep: float, seed: int) -> pd.DataFrame:

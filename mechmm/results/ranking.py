@@ -1,4 +1,4 @@
-"""How well the scores of edges tell a known circuit from the rest: areas under ROC curves.
+"""How well the scores of edges or nodes tell a known circuit from the rest: areas under ROC curves.
 
 Larger |score| is taken to mean in the circuit; 1 is a perfect ranking, 0.5 what random numbers
 give on average.
@@ -16,12 +16,12 @@ from mechmm.results.circuit import chosen_edges
 from mechmm.results.graph import Graph
 
 
-def edge_auroc(scores: Float[np.ndarray, " edge"], true: Bool[np.ndarray, " edge"]) -> float:
-    """The chance that an edge of the circuit has a larger |score| than one outside it; ties count
-    half.
+def auroc(scores: Float[np.ndarray, " part"], true: Bool[np.ndarray, " part"]) -> float:
+    """The chance that an edge or node of the circuit has a larger |score| than one outside it; ties
+    count half.
 
     Raises:
-        ValueError: a circuit of no edges or of all.
+        ValueError: a circuit of no parts or of all.
     """
     return float(roc_auc_score(true, np.abs(scores)))
 
@@ -44,14 +44,3 @@ def greedy_auroc(
     hits = [(keep & true).sum() / true.sum() for keep in found]
     misses = [(keep & ~true).sum() / (~true).sum() for keep in found]
     return float(np.trapezoid(hits, misses))
-
-
-def node_auroc(
-    graph: Graph, scores: Float[np.ndarray, " edge"], true: Bool[np.ndarray, " edge"]
-) -> float:
-    """The same for nodes that write: a node scores what the best edge out of it does, and is in the
-    circuit if an edge out of it is."""
-    best, inside = np.zeros(len(graph.writers)), np.zeros(len(graph.writers), dtype=bool)
-    np.maximum.at(best, graph.src, np.abs(scores))
-    inside[graph.src[true]] = True
-    return edge_auroc(best, inside)

@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mechmm.data import corruption, metrics
 from mechmm.data.pairs import PairDataset
 from mechmm.engine import sites
+from mechmm.methods.acdc import Acdc
+from mechmm.methods.attribution import Attribution
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result
 from mechmm.runs.hints import MisfitError, cast, parameters
@@ -46,7 +48,6 @@ CORRUPTIONS: dict[str, Callable[..., Any]] = {
 }
 SETTLED = ("region",)
 """Parameters that a config does not have: they depend on the picture."""
-CIRCUIT = ("n", "fraction", "threshold", "signed", "greedy", "prune")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class Scene:
     base: Path
 
 
+@runtime_checkable
 class Argument(Protocol):
     """A parameter that is no plain value."""
 
@@ -198,12 +200,14 @@ class Circuit:
     def make(self, value: Any, scene: Scene) -> Any:
         if isinstance(value, list):
             return [self.make(each, scene) for each in value]
-        options = {k: v for k, v in value.items() if k != "step" and v != "none"}
-        return scene.result(value["step"]).circuit(**options)  # type: ignore[attr-defined]
+        found = scene.result(value["step"])
+        if isinstance(found, Acdc):
+            return found.circuit
+        assert isinstance(found, Attribution)
+        options = {k: v for k, v in value.items() if k != "step"}
+        return found.circuit(**typed(Attribution.circuit, options))
 
     def _one(self, value: Any, place: Place, known: Known) -> Any:
-        from mechmm.methods.attribution import Attribution
-
         value = table_of(value, place, '{ step = "...", fraction = 0.05 }')
         name = Earlier(("attribute", "acdc")).step(value, place, known)
         rest = {k: v for k, v in value.items() if k != "step"}

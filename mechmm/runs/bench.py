@@ -14,7 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 from rich.console import Console
@@ -26,7 +28,7 @@ from mechmm.methods.circuits import FRACTIONS, faithfulness, faithfulness_curve
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
 from mechmm.results.graph import Graph
-from mechmm.results.ranking import edge_auroc, greedy_auroc, node_auroc
+from mechmm.results.ranking import auroc, greedy_auroc
 from mechmm.results.report import Page, Section
 from mechmm.runs.cases import Case, chosen_cases
 from mechmm.runs.terminal import print_table
@@ -35,7 +37,7 @@ HELD_OUT = 1000
 """Added to the seed of the pairs that scores are made on."""
 NULLS = 3
 """Draws of random scores."""
-EXACT = 600
+EXACT = 2000
 """Edges of the largest graph on which `exact` runs without being asked for."""
 WANTED = 0.85
 """Faithfulness of the smallest circuit that is looked for."""
@@ -105,8 +107,8 @@ class Row:
 
     Attributes:
         steps: of integrated gradients; 1 elsewhere.
-        edge_auroc, greedy_auroc, node_auroc: see `mechmm.results.ranking`; NaN without a known
-            circuit.
+        edge_auroc, greedy_auroc: see `mechmm.results.ranking`; NaN without a known circuit.
+        node_auroc: of the scores that the method gives nodes.
         cpr, cmd: on held-out pairs.
         share: of edges in the smallest circuit with a faithfulness of at least .85 on held-out
             pairs; vision: how many of those lie in the vision tower.
@@ -162,20 +164,31 @@ def _row(
 ) -> Row:
     draws = NULLS if method == "random" else 1
     options = {"method": method, "steps": bench.steps}
-    scores, seconds, megabytes = _measured(
-        lambda: [attribute(case.model, known, seed=bench.seed + i, **options) for i in range(draws)]
-    )
+
+    def drawn(**more: Any) -> list[Attribution]:
+        seeds = range(bench.seed, bench.seed + draws)
+        return [attribute(case.model, known, seed=seed, **options, **more) for seed in seeds]
+
+    scores, seconds, megabytes = _measured(drawn)
     each = pd.DataFrame([_quality(case, one, held_out, true) for one in scores])
     mean = each.mean()
+    nodes = [] if case.nodes is None else drawn(granularity="node")
     return Row(
         case.name,
         method,
         scores[0].steps,
         **{name: float(mean[name]) for name in each.columns.drop("vision")},
+        node_auroc=_found_nodes(nodes, case.nodes or ()),
         vision=round(float(mean["vision"])),
         seconds=seconds / draws,
         megabytes=megabytes,
     )
+
+
+def _found_nodes(scores: Sequence[Attribution], nodes: Sequence[str]) -> float:
+    """How well scores of nodes tell the known ones, on average; NaN for no scores."""
+    areas = [auroc(one.mean(), np.isin(one.graph.names(), nodes)) for one in scores]
+    return float(np.mean(areas)) if areas else math.nan
 
 
 def _quality(
@@ -184,11 +197,10 @@ def _quality(
     """What a method's scores are worth."""
     mean, graph = scores.mean(), scores.graph
     assert isinstance(graph, Graph)
-    found = dict.fromkeys(("edge_auroc", "greedy_auroc", "node_auroc"), math.nan)
+    found = dict.fromkeys(("edge_auroc", "greedy_auroc"), math.nan)
     if true is not None:
-        found["edge_auroc"] = edge_auroc(mean, true.keep)
+        found["edge_auroc"] = auroc(mean, true.keep)
         found["greedy_auroc"] = greedy_auroc(graph, mean, true.keep, FRACTIONS)
-        found["node_auroc"] = node_auroc(graph, mean, true.keep)
     signed = faithfulness_curve(case.model, pairs, scores, signed=True, n_random=0)
     plain = faithfulness_curve(case.model, pairs, scores, n_random=0)
     curve = plain.curve()

@@ -21,22 +21,23 @@ MAKERS: dict[str, tuple[tuple[str, ...], Callable[[str], planted.Planted]]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A model, pairs, and the edges that compute the answer where they are known."""
+    """A model, pairs, and the edges and nodes that compute the answer where they are known."""
 
     name: str
     model: HookedMultimodal
     pairs: Callable[[int, int], PairDataset]
-    edges: tuple[str, ...] | None
+    edges: tuple[str, ...] | None = None
+    nodes: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, name: str) -> Case:
         """Build or load one of `case_names`."""
         if name == DEMO:
             model = HookedMultimodal.from_pretrained("mechmm/demo")
-            return cls(name, model, lambda n, seed: shapes.pairs(model, "color", n, seed), None)
+            return cls(name, model, lambda n, seed: shapes.pairs(model, "color", n, seed))
         kind, _, task = name.partition("/")
         made = MAKERS[kind][1](task)
-        return cls(name, made.model, made.pairs, made.edges)
+        return cls(name, made.model, made.pairs, made.edges, made.nodes)
 
 
 def case_names() -> tuple[str, ...]:

@@ -27,6 +27,7 @@ import torch
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
 from mechmm.data.part import Part
+from mechmm.engine.sweep import Report
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
@@ -231,30 +232,41 @@ class _Job:
             raise
 
     def _step(self, step: Step, stopped: threading.Event) -> None:
+        """Compute what is missing of a step, join it and show it."""
         joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
         if not joined.exists():
             parts = self._chunks(step)
-            with progress(step.name) as report:
-                for number, part in enumerate(parts):
-                    place = chunks / f"{number:05d}"
-                    if not place.exists():
-                        with _about(step):
-                            found = self._run(step, part, number, len(parts), report)
-                        if stopped.is_set():  # some methods end an interrupted run with NaN
-                            raise KeyboardInterrupt
-                        self._check_headlines(step, found)
-                        found.save(place)
-                        self._note()
             folders = [chunks / f"{number:05d}" for number in range(len(parts))]
-            if len(folders) == 1:
-                joined.parent.mkdir(exist_ok=True)
-                folders[0].rename(joined)
-            else:
-                with _about(step):
-                    concat([load_result(folder) for folder in folders]).save(joined)
+            with progress(step.name) as report:
+                for number, folder in enumerate(folders):
+                    if not folder.exists():
+                        self._chunk(step, parts, number, report, stopped).save(folder)
+                        self._note()
+            with _about(step):
+                _join(folders, joined)
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
+
+    def _chunk(
+        self,
+        step: Step,
+        parts: Sequence[Scene],
+        number: int,
+        report: Report,
+        stopped: threading.Event,
+    ) -> Result:
+        """The result of one chunk, whole.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C, which some methods take to end with what they have.
+        """
+        with _about(step):
+            found = self._run(step, parts[number], number, len(parts), report)
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        self._check_headlines(step, found)
+        return found
 
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
@@ -264,7 +276,7 @@ class _Job:
             for headline in own:
                 heads.check_columns(headline, table)
 
-    def _run(self, step: Step, part: Scene, number: int, count: int, report: Any) -> Result:
+    def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
             report(number * total + done, count * total)
 
@@ -336,6 +348,15 @@ class _Job:
             ) from error
         if not any((self.out / name).exists() for name in (STEPS, RESULTS)):
             shutil.rmtree(self.out)
+
+
+def _join(folders: Sequence[Path], joined: Path) -> None:
+    """One result of all chunks."""
+    if len(folders) > 1:
+        concat([load_result(folder) for folder in folders]).save(joined)
+        return
+    joined.parent.mkdir(exist_ok=True)
+    folders[0].rename(joined)
 
 
 def figures(result: Result) -> dict[str, Any]:

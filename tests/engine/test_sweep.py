@@ -354,6 +354,20 @@ def test_state_may_be_kept_elsewhere(model, pairs, table, state, monkeypatch, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_what_the_other_prompts_had_is_kept_there_too(model, pairs, table, monkeypatch, tmp_path):
+    """A sweep that records nothing itself still keeps the values that it sets sites to."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sweep = Sweep(model, pairs[:1], table.where(span="object"), budget=1, state="disk", tokens=500)
+    assert sweep.plan().state_bytes == 0
+    seen = []
+    sweep.run(lambda done, work: seen.append(len(list(tmp_path.rglob("*.safetensors")))))
+    without = []
+    replace(sweep, source="zero").run(
+        lambda done, work: without.append(len(list(tmp_path.rglob("*.safetensors"))))
+    )
+    assert max(seen) == max(without) + 1
+
+
 def test_one_memory_under_two_names_may_be_kept_on_disk(model, pairs):
     """What leaves a block and what enters the next one are one tensor."""
     sites = tables.residual(model, ("object",), towers=["language"], layers=[2], point="resid_post")

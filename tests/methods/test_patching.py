@@ -12,6 +12,7 @@ from transformer_lens import patching as tl_patching
 
 import mechmm as mm
 from mechmm.data import shapes
+from mechmm.engine import estimate
 from mechmm.engine.source import InterventionError
 from mechmm.methods.patching import baselines
 from mechmm.results.result import concat
@@ -264,6 +265,24 @@ def test_random_sites_do_not_depend_on_how_pairs_are_batched(model, pictures):
     whole, single = (mm.patch(model, pictures, sites, n_null=4, batch_size=n) for n in (3, 1))
     torch.testing.assert_close(single.null, whole.null, atol=1e-4, rtol=1e-4)
     assert (whole.null != whole.corrupt).any()
+
+
+def test_a_screen_keeps_to_the_budget(model, pictures, monkeypatch):
+    """As many pairs at once as the sweep has; what it estimates is the same."""
+    sizes, usual_slopes = [], estimate.slopes
+
+    def watched(model, part, *rest):
+        sizes.append(len(part.batch))
+        return usual_slopes(model, part, *rest)
+
+    sites = mm.sites.residual(model, ("image", "last"))
+    options = {"screen": "attribution", "keep": 0.2, "n_null": 0}
+    usual = mm.patch(model, pictures, sites, **options)
+    one = mm.Sweep(model, pictures, sites, batch_size=1).plan().state_bytes
+    monkeypatch.setattr(estimate, "slopes", watched)
+    kept = mm.patch(model, pictures, sites, **options, budget=one, state="disk")
+    assert set(sizes) == {1}
+    torch.testing.assert_close(kept.values, usual.values, atol=1e-4, rtol=1e-4)
 
 
 def test_a_screen_leaves_the_null_as_it_is(model, pictures):

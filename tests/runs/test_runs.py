@@ -211,8 +211,8 @@ def test_a_second_process_is_refused(whole):
 
 @pytest.fixture
 def halted(config, tmp_path, monkeypatch):
-    """The folder of a run that has finished one chunk."""
-    monkeypatch.setattr(runner._Job, "go", lambda job: None)
+    """The folder of a run that has just begun."""
+    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
     out = config.parent / tmp_path.name
     mm.runs.run(config, out)
     monkeypatch.undo()
