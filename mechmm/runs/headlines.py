@@ -112,7 +112,7 @@ def _statistic(name: str, values: np.ndarray) -> float:
 
 def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tuple[float, float]:
     statistic = headline.statistic
-    if statistic == "count":
+    if statistic in ("count", "max", "min"):
         return math.nan, math.nan
     if len(values) == 1:
         return _own(headline, rows, headline.low), _own(headline, rows, headline.high)

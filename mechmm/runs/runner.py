@@ -271,10 +271,8 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        if own:
-            table = found.to_dataframe()
-            for headline in own:
-                heads.check_columns(headline, table)
+        for headline in own:
+            heads.check_columns(headline, tables.read(found, headline.table))
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
