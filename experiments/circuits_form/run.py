@@ -1,5 +1,4 @@
-"""When does the circuit of the color form? Runs a config; the figure: accuracy, and what there is of
-the final circuit, over training."""
+"""When does the circuit of the color form? The figure: what is there at each checkpoint."""
 
 import sys
 from pathlib import Path
@@ -15,7 +14,9 @@ FIRST = 4
 
 def figure(run: Run) -> Figure:
     """Accuracy, f of the final circuit and overlap with it, by checkpoint."""
-    answers, circuit, own = (run.table(name) for name in ("answers", "final_circuit", "own_circuit"))
+    answers, circuit, own = (
+        run.table(name) for name in ("answers", "final_circuit", "own_circuit")
+    )
     names = [name for name in dict.fromkeys(answers["checkpoint"]) if name != "untrained"]
     alone = circuit[~circuit["null"].astype(bool)].set_index("checkpoint")
     null = circuit[circuit["null"].astype(bool)].groupby("checkpoint")["faithfulness"].mean()

@@ -91,7 +91,8 @@ def _fits(column: pd.Series, value: Any) -> pd.Series:
             expected = Expectation.read(value)
         except ValueError:
             return pd.Series(False, index=column.index)
-        return column.map(lambda number: expected.agrees(float(number)))
+        numbers = column.to_numpy(dtype=float, na_value=np.nan)
+        return pd.Series([expected.agrees(number) for number in numbers], index=column.index)
     return (column == value).fillna(False).astype(bool)
 
 
