@@ -109,8 +109,8 @@ class Faithfulness(Result):
 
     def areas(self) -> pd.DataFrame:
         """CPR and CMD of the circuits, and of the random ones (`null`) where there are any."""
-        nulls = sorted(self.circuits["null"].unique())
-        rows = [(bool(null), self.cpr(null), self.cmd(null)) for null in nulls]
+        nulls = sorted(self.circuits["null"].unique().tolist())
+        rows = [(null, self.cpr(null), self.cmd(null)) for null in nulls]
         return pd.DataFrame(rows, columns=["null", "cpr", "cmd"])
 
     # Figures ---------------------------------------------------------------------------------

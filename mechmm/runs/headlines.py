@@ -92,7 +92,7 @@ def _fits(column: pd.Series, value: Any) -> pd.Series:
         except ValueError:
             return pd.Series(False, index=column.index)
         numbers = column.to_numpy(dtype=float, na_value=np.nan)
-        return pd.Series([expected.agrees(number) for number in numbers], index=column.index)
+        return pd.Series([expected.agrees(number) for number in numbers.tolist()], index=column.index)
     return (column == value).fillna(False).astype(bool)
 
 
