@@ -89,7 +89,7 @@ class Headline:
             such as `>= 0.85`.
         table: of the step's result; the default is the one that every result has.
         minus: another column, which is subtracted row by row.
-        statistic: of the rows. low, high: columns that hold the interval of a single row.
+        statistic: of the rows. low, high: columns that hold the interval of a single row; "": none.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
     """
 

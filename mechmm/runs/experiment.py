@@ -11,8 +11,9 @@ from __future__ import annotations
 import shutil
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import pandas as pd
 from plotly.graph_objects import Figure
@@ -24,6 +25,7 @@ from mechmm.runs.folder import HEADLINES, MANIFEST, Run
 from mechmm.runs.manifest import digest
 from mechmm.runs.runner import run
 
+Drawer: TypeAlias = Callable[[Run], Figure | Mapping[str, Figure]]
 BEGIN, END = "<!-- headlines -->", "<!-- end of headlines -->"
 DEMO = "demo"
 RELATIVE = 1e-4
@@ -32,14 +34,14 @@ RELATIVE = 1e-4
 
 def experiment(
     folder: str | Path,
-    figure: Callable[[Run], Figure] | None = None,
+    figure: Drawer | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Run an experiment from the command line; the exit code.
 
     Args:
         folder: of the experiment.
-        figure: draws `figure.png` of a run.
+        figure: draws `figure.png` of a run, or several figures by the names of their files.
         arguments: of the command line; None: the process's own.
     """
     folder, options = Path(folder), _parser().parse_args(arguments)
@@ -91,8 +93,8 @@ def run_id(found: Run) -> str:
 # README --------------------------------------------------------------------------------------
 
 
-def update(folder: Path, found: Run, figure: Callable[[Run], Figure] | None = None) -> None:
-    """Write a run's headlines into the README, and draw the figure where kaleido is there.
+def update(folder: Path, found: Run, figure: Drawer | None = None) -> None:
+    """Write a run's headlines into the README, and draw the figures where kaleido is there.
 
     Raises:
         ValueError: a README without the two marks.
@@ -108,17 +110,19 @@ def update(folder: Path, found: Run, figure: Callable[[Run], Figure] | None = No
     write_whole(readme, f"{head}{BEGIN}\n{table}\n{END}{tail}".encode())
     if figure is None:
         return
+    drawn = figure(found)
     try:
-        save_png(figure(found), folder / "figure.png", scale=1.5)
+        for name, each in (drawn if isinstance(drawn, Mapping) else {"figure": drawn}).items():
+            save_png(each, folder / f"{name}.png", scale=1.5)
     except RuntimeError as error:
-        print(f"figure.png stays as it is: {error}", file=sys.stderr)
+        print(f"figures stay as they are: {error}", file=sys.stderr)
 
 
 def headline_table(headlines: pd.DataFrame) -> str:
     """Headlines as a Markdown table: value with its 95 % interval, expectation, verdict."""
     lines = ["| headline | value | expected | agrees |", "|---|---|---|---|"]
     for row in headlines.to_dict("records"):
-        expect = "" if row["expect"] is None else f"`{row['expect']}`"
+        expect = "" if pd.isna(row["expect"]) else f"`{row['expect']}`"
         agrees = {True: "yes", False: "**no**"}.get(row["agrees"], "")
         lines.append(f"| {row['name']} | {_value(row)} | {expect} | {agrees} |")
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if table.index.name is not None:
         table = table.reset_index()
     wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
-    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high")]
+    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high", "")]
     for name in wanted:
         if name not in table.columns:
             there = ", ".join(map(str, table.columns))
@@ -92,7 +92,9 @@ def _fits(column: pd.Series, value: Any) -> pd.Series:
         except ValueError:
             return pd.Series(False, index=column.index)
         numbers = column.to_numpy(dtype=float, na_value=np.nan)
-        return pd.Series([expected.agrees(number) for number in numbers.tolist()], index=column.index)
+        return pd.Series(
+            [expected.agrees(number) for number in numbers.tolist()], index=column.index
+        )
     return (column == value).fillna(False).astype(bool)
 
 
@@ -128,7 +130,9 @@ def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tup
 
 
 def _own(headline: Headline, rows: pd.DataFrame, column: str) -> float:
-    """What a single row says of its interval, less what is subtracted."""
+    """What a single row says of its interval, less what is subtracted; NaN for no column at all."""
+    if column == "":
+        return math.nan
     if column not in rows.columns:
         return math.nan
     less = 0.0 if headline.minus is None else float(rows[headline.minus].iloc[0])
