@@ -3,8 +3,12 @@
 import sys
 from pathlib import Path
 
-from plotly.graph_objects import Figure, Scatter
+import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
 
+from mechmm.results.lines import lines
+from mechmm.results.statistics import bootstrap_interval
 from mechmm.runs.experiment import experiment
 from mechmm.runs.folder import Run
 
@@ -18,22 +22,28 @@ def figure(run: Run) -> Figure:
         run.table(name) for name in ("answers", "final_circuit", "own_circuit")
     )
     names = [name for name in dict.fromkeys(answers["checkpoint"]) if name != "untrained"]
-    alone = circuit[~circuit["null"].astype(bool)].set_index("checkpoint")
-    null = circuit[circuit["null"].astype(bool)].groupby("checkpoint")["faithfulness"].mean()
-    overlap = own[own["span"] == "all"].set_index("checkpoint")
-    right = answers.groupby("checkpoint")["clean_right"].mean()
-    late = names[FIRST:]
-    found = Figure(layout={"title": "the color circuit over training", "width": 760, "height": 420})
-    for name, x, y in (
-        ("accuracy", names, right[names]),
-        ("IoU of the own circuit with the final one", names, overlap.loc[names, "iou"]),
-        ("IoU of random circuits", names, overlap.loc[names, "random_mean"]),
-        ("f of the final circuit", late, alone.loc[late, "faithfulness"]),
-        ("f of random circuits", late, null[late]),
-    ):
-        dash = "dot" if "random" in name else "solid"
-        found.add_trace(Scatter(x=x, y=y, name=name, mode="lines+markers", line_dash=dash))
-    return found.update_yaxes(range=[-0.05, 1.05]).update_layout(legend_orientation="h")
+    right = answers.groupby("checkpoint")["clean_right"].agg(list)[names]
+    ends = [bootstrap_interval(np.array(values, float)) for values in right]
+    low, high = zip(*ends, strict=True)
+    alone = circuit[~circuit["null"].astype(bool)].set_index("checkpoint").loc[names[FIRST:]]
+    overlap = own[own["span"] == "all"].set_index("checkpoint").loc[names]
+    series = {
+        "accuracy": _points(names, right.map(np.mean), low, high),
+        "f of the final circuit": _points(
+            names, alone["faithfulness"], alone["low"], alone["high"], FIRST
+        ),
+        "IoU with the final circuit": _points(names, overlap["iou"]),
+        "IoU of random circuits": _points(names, overlap["random_mean"]),
+    }
+    steps = ", ".join(f"{number}: {name}" for number, name in enumerate(names))
+    return lines(series, "the color circuit over training", steps, x_title="checkpoint", y_title="")
+
+
+def _points(names, value, low=(), high=(), first=0) -> pd.DataFrame:
+    nothing = [np.nan] * (len(names) - first)
+    ends = {"low": list(low) or nothing, "high": list(high) or nothing}
+    columns = {"x": range(first, len(names)), "value": list(value), **ends}
+    return pd.DataFrame(columns).assign(name=names[first:])
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 
-from mechmm.results.plots import curves
+from mechmm.results.lines import lines
 from mechmm.runs.experiment import experiment
 from mechmm.runs.folder import Run
 
@@ -22,20 +23,20 @@ CURVES = {
 def figure(run: Run) -> Figure:
     """Faithfulness over the share of edges kept."""
     results = {name: run.result(step) for name, step in CURVES.items()}
-    tables = {name: _named(result.curve()) for name, result in results.items()}
-    tables["random circuits"] = _named(results["EAP-IG (inputs)"].curve(null=True))
-    return curves(
-        tables,
+    tables = {name: _points(result.curve()) for name, result in results.items()}
+    random = _points(results["EAP-IG (inputs)"].curve(null=True))
+    return lines(
+        {**tables, "random circuits": random},
         "color: faithfulness of circuits",
         f"logit difference, corrupt; {len(results['EAP'].full)} held-out pairs",
-        x_title="share of edges kept",
+        x_title="share of edges kept, log10",
         y_title="faithfulness",
-        null="random circuits",
     )
 
 
-def _named(curve: pd.DataFrame) -> pd.DataFrame:
-    return curve.rename(columns={"fraction": "share", "faithfulness": "value"})
+def _points(curve: pd.DataFrame) -> pd.DataFrame:
+    named = curve.rename(columns={"faithfulness": "value"})
+    return named.assign(x=np.log10(curve["fraction"]))
 
 
 if __name__ == "__main__":
