@@ -25,13 +25,15 @@ def figure(run: Run) -> Figure:
     results = {name: run.result(step) for name, step in CURVES.items()}
     tables = {name: _points(result.curve()) for name, result in results.items()}
     random = _points(results["EAP-IG (inputs)"].curve(null=True))
-    return lines(
+    found = lines(
         {**tables, "random circuits": random},
         "color: faithfulness of circuits",
         f"logit difference, corrupt; {len(results['EAP'].full)} held-out pairs",
-        x_title="share of edges kept, log10",
+        x_title="share of edges kept",
         y_title="faithfulness",
     )
+    shares = [f"{share:.1%}" for share in 10 ** random["x"]]
+    return found.update_xaxes(tickvals=random["x"], ticktext=shares, tickangle=0)
 
 
 def _points(curve: pd.DataFrame) -> pd.DataFrame:

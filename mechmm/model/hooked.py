@@ -345,7 +345,7 @@ class HookedMultimodal(Encoding):
         Args:
             names_filter: a name, a list of names or a function of names. Default: every hook but
                 the derived `hook_result`, which is large; name it to have it.
-            Other arguments: as in TransformerLens.
+            others: as in TransformerLens.
 
         Raises:
             UnknownHookError: for a name that no hook point has, with the nearest names.

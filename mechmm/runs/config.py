@@ -14,9 +14,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from mechmm.engine.calibrate import DEFAULT
 from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
+from mechmm.runs.engines import ENGINES, Engine
 from mechmm.runs.expectation import Expectation
 from mechmm.runs.hints import MisfitError, cast
 from mechmm.runs.lines import lines_of
@@ -28,7 +28,6 @@ from mechmm.runs.place import ConfigError, Place
 FORMAT = 1
 STATISTICS = ("mean", "median", "max", "min", "count")
 DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
-ENGINES = ("local",)
 T = TypeVar("T")
 
 
@@ -106,20 +105,6 @@ class Headline:
 
 
 @dataclass(frozen=True)
-class Engine:
-    """How steps are run.
-
-    Attributes:
-        chunk: pairs per chunk. tokens: of one forward pass, at most; fixed, because a budget that
-            is found by timing would change the order of sums from run to run.
-    """
-
-    name: str = "local"
-    chunk: int = 32
-    tokens: int = DEFAULT
-
-
-@dataclass(frozen=True)
 class Config:
     """A whole run.
 
@@ -150,7 +135,7 @@ class Config:
             "pairs": {name: _set_dict(one) for name, one in self.pairs.items()},
             "steps": [{"name": s.name, "method": s.method, **s.options} for s in self.steps],
             "headlines": [_without_none(asdict(one)) for one in self.headlines],
-            "engine": asdict(self.engine),
+            "engine": _without_none(asdict(self.engine)),
         }
 
 
@@ -300,9 +285,10 @@ def _engine(raw: Mapping[str, Any], place: Place) -> Engine:
     at = place.at("engine")
     found = _section(Engine, raw.get("engine", {}), at)
     at.at("name").choice(found.name, ENGINES, "engine")
-    for key in ("chunk", "tokens"):
-        if getattr(found, key) < 1:
-            raise at.at(key).error(f"must be 1 or more, not {getattr(found, key)}")
+    try:
+        found.check()
+    except ValueError as error:
+        raise at.error(str(error)) from None
     return found
 
 
