@@ -13,7 +13,7 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pandas as pd
 from plotly.graph_objects import Figure
@@ -128,7 +128,7 @@ def headline_table(headlines: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def _value(row: dict[str, float]) -> str:
+def _value(row: Mapping[Any, Any]) -> str:
     value = _number(row["value"])
     if pd.isna(row["low"]) or pd.isna(row["high"]):
         return value
