@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
 from mechmm.runs.engines import ENGINES, Engine
 from mechmm.runs.expectation import Expectation
@@ -25,8 +26,6 @@ from mechmm.runs.overrides import apply
 from mechmm.runs.place import ConfigError, Place
 
 FORMAT = 1
-TABLES = ("to_dataframe", "predictors", "paths")
-"""Methods of results that give a table and need nothing to be said."""
 STATISTICS = ("mean", "median", "max", "min", "count")
 DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
 T = TypeVar("T")
@@ -85,8 +84,9 @@ class Headline:
     """One number read off the table of a step.
 
     Attributes:
-        table: which one, where a result has several; default: `to_dataframe`.
-        column, where: of the rows whose columns have these values.
+        column, where: of the rows whose columns have these values, or of numbers fit a comparison
+            such as `>= 0.85`.
+        table: of the step's result; the default is the one that every result has.
         minus: another column, which is subtracted row by row.
         statistic: of the rows. low, high: columns that hold the interval of a single row; "": none.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
@@ -100,8 +100,8 @@ class Headline:
     statistic: str = "mean"
     low: str = "low"
     high: str = "high"
+    table: str = tables.MAIN
     expect: str | None = None
-    table: str = "to_dataframe"
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,9 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
     for number, row in enumerate(_rows(raw, "headlines", place)):
         at = place.at("headlines").at(number)
         one = _section(Headline, row, at)
-        at.at("step").choice(one.step, [step.name for step in steps], "step")
-        at.at("table").choice(one.table, TABLES, "table")
+        methods = {step.name: METHODS[step.method] for step in steps}
+        method = methods[at.at("step").choice(one.step, list(methods), "step")]
+        at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
         if one.expect is not None:
             try:

@@ -272,6 +272,9 @@ def _table() -> dict[str, Method]:
         Method(mechmm.subspace_interchange),
         Method(composed.text_span, first=""),
         Method(composed.overlap, first=""),
+        Method(composed.rediscovery),
+        Method(composed.chosen_circuit, first=""),
+        Method(composed.answers),
         Method(
             composed.over_checkpoints,
             first="",

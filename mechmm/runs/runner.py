@@ -30,7 +30,7 @@ from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
 from mechmm.runs import headlines as heads
-from mechmm.runs import makers, manifest
+from mechmm.runs import makers, manifest, tables
 from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, PairSet, Step
 from mechmm.runs.config import load as load_config
@@ -289,9 +289,8 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        tables = heads.tables_of(own, found)
         for headline in own:
-            heads.check_columns(headline, tables[headline.table])
+            heads.check_columns(headline, tables.read(found, headline.table))
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -337,12 +336,9 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        wanted = self.config.headlines
-        tables = {
-            step: heads.tables_of([one for one in wanted if one.step == step], self._result(step))
-            for step in {one.step for one in wanted}
-        }
-        found = [heads.measured(one, tables[one.step][one.table]) for one in wanted]
+        wanted = {(headline.step, headline.table) for headline in self.config.headlines}
+        read = {key: tables.read(self._result(key[0]), key[1]) for key in wanted}
+        found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
