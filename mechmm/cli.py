@@ -248,6 +248,22 @@ def unpack(
         print(unpack(file, out, Limits() if limit is None else Limits(size=_bytes(limit))))
 
 
+@app.command()
+def view(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, or folders with runs in them.")],
+    port: Annotated[int, typer.Option(help="Where to answer, on this machine alone.")] = 8765,
+) -> None:
+    """Show runs in a browser: a list to filter, two side by side, and their pages.
+
+    Only this machine can reach it (127.0.0.1), and it only reads. Exit code 1 if the port is in use
+    or a folder has no run.
+    """
+    from mechmm.runs.view import view as show
+
+    with _refusals():
+        show(folders, port)
+
+
 @zoo.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],

@@ -13,6 +13,7 @@ the whole model does. Both beside random circuits of the same sizes. MIB, 2504.1
   (`mechmm.engine.unit_runs`).
 - Completeness: how far the answer falls when the circuit's edges, and only they, are cut.
 - Minimality: what the circuit loses without each of its edges.
+
 Wang et al. 2211.00593.
 """
 
@@ -245,7 +246,7 @@ def faithfulness_curve(
     Args:
         fractions: of all edges, nodes or neurons, that are kept.
         signed, greedy: how these are chosen (`Attribution.circuit`).
-        Other arguments: as `faithfulness`.
+        others: as of `faithfulness`.
 
     Raises:
         ValueError: as `faithfulness`; a fraction outside (0, 1].

@@ -8,12 +8,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mechmm.results.result import Result
+from mechmm.results.table import table_html
 from mechmm.runs import config as configs
 from mechmm.runs.config import Config
 from mechmm.runs.paths import (
@@ -99,6 +101,13 @@ class Run:
     def verdict(self) -> str:
         """Whether all stated expectations agree."""
         return str(self.manifest.get("verdict", ""))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: name, state, verdict, and the headlines."""
+        name, state = (escape(str(self.manifest.get(key, ""))) for key in ("name", "state"))
+        found = self.headlines
+        table = table_html(found) if len(found) else ""
+        return f"<div><b>Run {name}</b> ({state})<p>{escape(self.verdict)}</p>{table}</div>"
 
     def _check(self, step: str) -> None:
         if step not in self.steps:
