@@ -11,7 +11,7 @@ PINS := torch==2.13.0 transformers==5.23.0 transformer-lens==4.3.0
 UPGRADE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks experiments families bench lock clean
+.PHONY: help demo test lint notebooks experiments families docs figures bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
@@ -33,17 +33,24 @@ notebooks: $(INSTALLED) ## run every notebook, leaving the files as they are
 	@set -e; for notebook in $(wildcard notebooks/*.ipynb); do \
 		echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook"; done
 
-experiments: $(INSTALLED) ## run every experiment again on the demo model and compare with what is committed
-	@rm -rf build/experiments; failed=; \
-	for run in $(wildcard experiments/*/run.py); do \
-		name=$$(basename $$(dirname $$run)); echo "$$name"; \
-		$(BIN)/python $$run --check --out build/experiments/$$name || failed=1; \
+# The checkpoints that circuits_form reads are trained first where they are not there.
+experiments: $(INSTALLED) ## replay every experiment on the demo model against its committed numbers
+	@test -d trained/history/5-find-400 || $(BIN)/mechmm zoo train --out trained --phases 2
+	@failed=; for results in $(wildcard experiments/*/results); do \
+		echo "$$results"; $(BIN)/mechmm replay $$results || failed=1; \
 	done; test -z "$$failed"
 
 families: $(INSTALLED) ## make docs/families.md from the rows
 	$(BIN)/python -c "from mechmm.runs.families import families_page; print(families_page(), end='')" \
 		> docs/families.partial.md
 	@mv docs/families.partial.md docs/families.md
+
+docs: $(INSTALLED) ## build the documentation site: build/docs/index.html
+	$(BIN)/python docs/build_site.py build/docs
+
+# Needs the extra static (kaleido) and a Chromium.
+figures: $(INSTALLED) ## make the figures of docs/methods that need no training run
+	$(BIN)/python docs/figures.py
 
 bench: $(INSTALLED) ## run every benchmark on its quick setting
 	@set -e; for benchmark in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
@@ -52,11 +59,11 @@ bench: $(INSTALLED) ## run every benchmark on its quick setting
 # torch's GPU libraries and local version tags depend on the machine: torch itself names the libraries
 # that it needs, so the lock names neither. pip does not replace itself.
 lock: $(INSTALLED) ## make requirements.lock from pyproject.toml
-	$(BIN)/pip-compile pyproject.toml --extra dev --output-file requirements.lock --quiet \
+	$(BIN)/pip-compile pyproject.toml --extra dev --extra docs --output-file requirements.lock --quiet \
 		--strip-extras --no-annotate --no-header --allow-unsafe --no-build-isolation \
 		--no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-emit-options \
 		$(UPGRADE) $(PINS:%=--upgrade-package=%)
-	@{ echo "# Made by \`make lock\` from pyproject.toml and its extra dev, with Python 3.11 on Linux."; \
+	@{ echo "# Made by \`make lock\` from pyproject.toml and its extras dev and docs, with Python 3.11 on Linux."; \
 		sed -E -e 's/\+[a-z0-9.]+$$//' -e '/^(nvidia-|cuda-|triton|pip=|#|$$)/d' requirements.lock; \
 		} > requirements.lock.partial
 	@mv requirements.lock.partial requirements.lock

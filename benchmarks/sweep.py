@@ -177,7 +177,7 @@ class Task:
 
     def __init__(self, shape: Shape, device: str, dtype: torch.dtype, pairs: int = 1) -> None:
         self.shape, self.device, self.dtype = shape, device, dtype
-        self.model = random_llava(shape, device, dtype)
+        self.model = self.make()
         self.hooked = mm.HookedMultimodal.from_hf(shared(self.model), processor(shape))
         self.positions = shape.words + shape.patches**2
         word = BEFORE + min(CHANGED, shape.words - BEFORE - 2)
@@ -186,6 +186,9 @@ class Task:
         words = [(prompt(shape, 0), prompt(shape, 0, word))]
         self.pairs = {"image": self.dataset(images), "word": self.dataset(words)}
         self.answer, self.foil = (self.hooked.answer_tokens(text)[0] for text in (ANSWER, FOIL))
+
+    def make(self) -> LlavaForConditionalGeneration:
+        return random_llava(self.shape, self.device, self.dtype)
 
     def dataset(self, prompts: Sequence[tuple[Prompt, Prompt]]) -> mm.PairDataset:
         pairs = [mm.Pair(clean, corrupt, ANSWER, FOIL) for clean, corrupt in prompts]

@@ -28,19 +28,24 @@ if TYPE_CHECKING:
     from mechmm.methods.cka import CKA, cka
     from mechmm.methods.completeness import Completeness, completeness
     from mechmm.methods.contrastive import ContrastiveDecoding
+    from mechmm.methods.deletion_insertion import DeletionInsertion, deletion_insertion
     from mechmm.methods.dictionary import Dictionary, dictionary
     from mechmm.methods.direct_logit_attribution import (
         DirectLogitAttribution,
         direct_logit_attribution,
     )
+    from mechmm.methods.dissection import Dissection, dissection
     from mechmm.methods.early_exit import EarlyExit, early_exit
+    from mechmm.methods.emap import Emap, emap
     from mechmm.methods.hallucination import Hallucination, hallucination
+    from mechmm.methods.input_attribution import InputAttribution, input_attribution
     from mechmm.methods.interchange import Interchange, interchange
     from mechmm.methods.knockout import Knockout, knockout, knockout_hooks, mediation
     from mechmm.methods.latent_lens import LatentBank, LatentLens, latent_bank, latent_lens
     from mechmm.methods.logit_lens import LogitLens, logit_lens
     from mechmm.methods.minimality import Minimality, minimality
     from mechmm.methods.modality_gap import ModalityGap, modality_gap
+    from mechmm.methods.modality_shares import ModalityShares, modality_shares
     from mechmm.methods.neuron_attribution import NeuronAttribution, neuron_attribution
     from mechmm.methods.neuron_selectivity import NeuronSelectivity, neuron_selectivity
     from mechmm.methods.patching import Patching, patch
@@ -61,6 +66,7 @@ if TYPE_CHECKING:
     from mechmm.results.report import Page
     from mechmm.results.steered import Steered
     from mechmm.results.units import Units
+    from mechmm.runs.progress import progress
 
 __version__ = "0.1.0"
 
@@ -83,19 +89,24 @@ _HOME = {
     "mechmm.methods.cka": ("CKA", "cka"),
     "mechmm.methods.completeness": ("Completeness", "completeness"),
     "mechmm.methods.contrastive": ("ContrastiveDecoding",),
+    "mechmm.methods.deletion_insertion": ("DeletionInsertion", "deletion_insertion"),
     "mechmm.methods.dictionary": ("Dictionary", "dictionary"),
     "mechmm.methods.direct_logit_attribution": (
         "DirectLogitAttribution",
         "direct_logit_attribution",
     ),
+    "mechmm.methods.dissection": ("Dissection", "dissection"),
     "mechmm.methods.early_exit": ("EarlyExit", "early_exit"),
+    "mechmm.methods.emap": ("Emap", "emap"),
     "mechmm.methods.hallucination": ("Hallucination", "hallucination"),
+    "mechmm.methods.input_attribution": ("InputAttribution", "input_attribution"),
     "mechmm.methods.interchange": ("Interchange", "interchange"),
     "mechmm.methods.knockout": ("Knockout", "knockout", "knockout_hooks", "mediation"),
     "mechmm.methods.latent_lens": ("LatentBank", "LatentLens", "latent_bank", "latent_lens"),
     "mechmm.methods.logit_lens": ("LogitLens", "logit_lens"),
     "mechmm.methods.minimality": ("Minimality", "minimality"),
     "mechmm.methods.modality_gap": ("ModalityGap", "modality_gap"),
+    "mechmm.methods.modality_shares": ("ModalityShares", "modality_shares"),
     "mechmm.methods.neuron_attribution": ("NeuronAttribution", "neuron_attribution"),
     "mechmm.methods.neuron_selectivity": ("NeuronSelectivity", "neuron_selectivity"),
     "mechmm.methods.patching": ("Patching", "patch"),
@@ -116,6 +127,7 @@ _HOME = {
     "mechmm.results.report": ("Page",),
     "mechmm.results.steered": ("Steered",),
     "mechmm.results.units": ("Units",),
+    "mechmm.runs.progress": ("progress",),
 }
 _MODULES = {"data": "mechmm.data", "runs": "mechmm.runs", "sites": "mechmm.engine.sites"}
 _NAMES = {name: home for home, names in _HOME.items() for name in names}
@@ -132,13 +144,17 @@ __all__ = [
     "Circuit",
     "Completeness",
     "ContrastiveDecoding",
+    "DeletionInsertion",
     "Dictionary",
     "DirectLogitAttribution",
+    "Dissection",
     "EarlyExit",
+    "Emap",
     "Faithfulness",
     "Graph",
     "Hallucination",
     "HookedMultimodal",
+    "InputAttribution",
     "Interchange",
     "Knockout",
     "LatentBank",
@@ -146,6 +162,7 @@ __all__ = [
     "LogitLens",
     "Minimality",
     "ModalityGap",
+    "ModalityShares",
     "NeuronAttribution",
     "NeuronSelectivity",
     "OverCheckpoints",
@@ -180,14 +197,18 @@ __all__ = [
     "completeness",
     "contrasted",
     "data",
+    "deletion_insertion",
     "dictionary",
     "direct_logit_attribution",
+    "dissection",
     "early_exit",
+    "emap",
     "faithfulness",
     "faithfulness_curve",
     "flipped",
     "graph",
     "hallucination",
+    "input_attribution",
     "interchange",
     "kl",
     "knockout",
@@ -200,12 +221,14 @@ __all__ = [
     "mediation",
     "minimality",
     "modality_gap",
+    "modality_shares",
     "neuron_attribution",
     "neuron_selectivity",
     "over_checkpoints",
     "patch",
     "prob",
     "probe",
+    "progress",
     "pruning_curve",
     "runs",
     "sites",

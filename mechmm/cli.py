@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +26,7 @@ app.add_typer(bench, name="bench")
 
 Name = Annotated[str, typer.Argument(help="A hub name, a local folder, or mechmm/demo (shipped).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print machine-readable JSON, nothing else.")]
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 SITES = ("residual", "heads", "mlps", "attention", "patches", "projector")
 
 
@@ -150,6 +153,117 @@ def run(
     raise typer.Exit(run_command(config, overrides or [], out, resume))
 
 
+@app.command()
+def verify(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Check every file of a run's folder against its manifest. Exit code 1 if anything differs."""
+    from dataclasses import asdict
+
+    from mechmm.runs.verification import verify
+
+    with _refusals():
+        found = verify(folder)
+    print(json.dumps({"ok": found.ok, **asdict(found)}) if as_json else found)
+    raise typer.Exit(0 if found.ok else 1)
+
+
+@app.command()
+def diff(first: RunFolder, second: RunFolder, as_json: AsJson = False) -> None:
+    """What differs between two runs: settings, versions, numbers, headlines.
+
+    Exit code 1 if settings or values do.
+    """
+    from mechmm.runs.difference import diff, print_difference
+
+    with _refusals():
+        found = diff(first, second)
+    print(json.dumps(found.as_json())) if as_json else print_difference(found)
+    raise typer.Exit(0 if found.same else 1)
+
+
+@app.command()
+def replay(
+    folder: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Keep the new run in this new folder.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model's files lie, if not where they did.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a run again from its folder alone and compare every number. Exit code 1 if one differs.
+
+    With equal versions on an equal machine all numbers must be the same, elsewhere within 1e-4 of
+    the largest value of their array.
+    """
+    from mechmm.runs.replaying import print_replay, replay
+    from mechmm.runs.runner import Interrupted
+
+    try:
+        with _refusals():
+            found = replay(folder, out, model=model)
+    except Interrupted as error:
+        print("mechmm: interrupted" if out is None else f"mechmm: {error}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(json.dumps(found.as_json())) if as_json else print_replay(found)
+    raise typer.Exit(0 if found.agrees else 1)
+
+
+@app.command()
+def pack(
+    folder: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option(help="A new .zip file; default: beside the folder.")
+    ] = None,
+    weights: Annotated[
+        bool, typer.Option("--weights", help="The model's files go along (safetensors only).")
+    ] = False,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model's files lie, if not where they did.")
+    ] = None,
+    author: Annotated[
+        list[str] | None, typer.Option(help="For CITATION.cff; may be given several times.")
+    ] = None,
+) -> None:
+    """Write a run as one archive to publish."""
+    from mechmm.runs.archive import pack, weights_of
+
+    with _refusals():
+        along = model or (weights_of(folder) if weights else None)
+        print(pack(folder, out, weights=along, authors=author or ()))
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="Written by mechmm pack.")],
+    out: Annotated[
+        Path | None, typer.Option(help="A new folder; default: the archive's name, here.")
+    ] = None,
+    limit: Annotated[
+        str | None, typer.Option(help="Bytes that it may unpack to; default: 4GiB.")
+    ] = None,
+) -> None:
+    """Write the run in an archive into a new folder and verify it; nothing in it is executed."""
+    from mechmm.runs.archive import Limits, unpack
+
+    with _refusals():
+        print(unpack(file, out, Limits() if limit is None else Limits(size=_bytes(limit))))
+
+
+@app.command()
+def view(
+    folders: Annotated[list[Path], typer.Argument(help="Runs, or folders with runs in them.")],
+    port: Annotated[int, typer.Option(help="Where to answer, on this machine alone.")] = 8765,
+) -> None:
+    """Show runs in a browser: a list to filter, two side by side, and their pages.
+
+    Only this machine can reach it (127.0.0.1), and it only reads. Exit code 1 if the port is in use
+    or a folder has no run.
+    """
+    from mechmm.runs.view import view as show
+
+    with _refusals():
+        show(folders, port)
+
+
 @zoo.command()
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")],
@@ -227,6 +341,22 @@ def circuits(
 
     cases, tried = ([n.strip() for n in text.split(",") if n] for text in (models, methods))
     bench_circuits(Bench(cases, tried, pairs, steps, seed, quick), file, out)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What a folder or an archive is refused for, on stderr; exit code 1."""
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        print(f"mechmm: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _bytes(text: str) -> int:
+    from mechmm.runs.patch import bytes_of
+
+    return bytes_of(text)
 
 
 def _load(name: str):

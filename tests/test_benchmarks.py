@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import mechmm as mm
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -156,3 +158,17 @@ def test_the_products_of_the_lens_are_all_made(script):
     assert len(task.normed) == 64 * (1 + toy.layers)
     logits = task.normed @ task.head.unembed.weight.T
     torch.testing.assert_close(task.top().logits, logits.topk(lens.K).values)
+
+
+def test_scale_plans_without_weights_what_it_plans_with_them(script, monkeypatch, capsys):
+    sweep, scale = script("sweep"), script("scale")
+    task = sweep.Task(sweep.SHAPES["tiny"], "cpu", torch.float32)
+    for name, job in scale.plans("tiny", torch.float32, 512).items():
+        known = sweep.JOBS[name].sites(task)
+        real = mm.Sweep(task.hooked, task.pairs["image"], known, tokens=512).plan()
+        assert float(job.plan().flops.sum()) == float(real.flops.sum()) > 0
+    cluster = scale.Cluster(cards=4, pairs=100, chunk=10, rate=1e9, efficiency=0.5)
+    assert cluster.seconds(1e9) == 3 * 10 / 0.5  # 10 chunks on 4 cards: the busiest runs 3
+    monkeypatch.setattr("sys.argv", ["scale.py", "--shape", "tiny", "--dtype", "float32"])
+    scale.main()
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(scale.JOBS)

@@ -8,6 +8,11 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+OTHER_MODEL = """\
+# What is asserted holds for the demo model; another one is this line with, for example,
+# "llava-hf/llava-1.5-7b-hf", device="cuda", dtype="bfloat16".
+model = mm.HookedMultimodal.from_pretrained("mechmm/demo")
+"""
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
@@ -16,5 +21,6 @@ def test_notebook_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert any("assert " in source for source in code)
+    assert any(OTHER_MODEL in f"{source}\n" for source in code)
     assert not any(source.startswith(("def ", "class ")) for source in code)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()

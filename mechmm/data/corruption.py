@@ -235,7 +235,7 @@ def make_pairs(
     corruption: Corruption | Sequence[Corruption],
     spans: Sequence[Mapping[str, Where]] | None = None,
 ) -> PairDataset:
-    """Pairs of each prompt and its corruption; `.check()` reports which of them flip.
+    """Pairs of each prompt and its corruption; `PairDataset.check` reports which of them flip.
 
     Args:
         model: what to align for.
@@ -263,7 +263,7 @@ def make_pairs(
 def corrupt(pairs: PairDataset, corruption: Corruption | Sequence[Corruption]) -> PairDataset:
     """The same clean prompts, answers and spans with other corrupt prompts.
 
-    Errors as `make_pairs`. `.check()` reports which pairs flip.
+    Errors as `make_pairs`. `PairDataset.check` reports which pairs flip.
     """
     corruptions = [corruption] * len(pairs) if callable(corruption) else list(corruption)
     if len(corruptions) != len(pairs):

@@ -354,6 +354,22 @@ class PairDataset(Sequence[Pair]):
         except PairError as error:
             raise PairError(f"{path} (pair 0 is on line 1): {error}") from error
 
+    @staticmethod
+    def peek(folder: str | Path) -> tuple[Pair, int]:
+        """The first pair of what `save` wrote, and how many there are; asks no model.
+
+        Raises:
+            PairError: as `load`.
+        """
+        path = Path(folder) / _FILE
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        if not lines:
+            raise PairError(f"{str(path)!r} does not exist or is empty")
+        try:
+            return _read(lines[0], Path(folder) / _IMAGES), len(lines)
+        except ValueError as error:
+            raise PairError(f"{path}, line 1: {error}") from error
+
     @classmethod
     def from_dataframe(
         cls, df: pd.DataFrame, model: HookedMultimodal, *, folder: str | Path = "."

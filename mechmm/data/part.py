@@ -8,9 +8,10 @@ takes from the first pair of the whole what is taken from a first pair.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.data.pairs import Pair, PairBatch, PairDataset
+from mechmm.model.hooked import HookedMultimodal
 
 
 class Part(PairDataset):
@@ -40,3 +41,43 @@ class Part(PairDataset):
         """As `PairDataset.batch`; numbers are those of the part."""
         whole = tuple(self.start + number for number in numbers)
         return replace(super().batch(numbers), whole=whole)
+
+
+@dataclass(frozen=True)
+class Message:
+    """A part as it travels to another process: its pairs, and of the whole what a part needs.
+
+    Attributes:
+        pairs: of the part. start: number of the first one in the whole.
+        first: the first pair of the whole. spans: of the whole.
+    """
+
+    pairs: tuple[Pair, ...]
+    start: int
+    first: Pair
+    spans: tuple[str, ...]
+
+    @classmethod
+    def of(cls, pairs: PairDataset) -> Message:
+        """A part, or a whole, without its model."""
+        (first,) = pairs.first.pairs
+        return cls(pairs.pairs, pairs.start if isinstance(pairs, Part) else 0, first, pairs.spans)
+
+
+class Sent(Part):
+    """A part that came as a message, for a model that equals the one it was checked for."""
+
+    def __init__(self, message: Message, model: HookedMultimodal) -> None:
+        self.pairs, self.model, self.start = message.pairs, model, message.start
+        self.message = message
+
+    @property
+    def spans(self) -> tuple[str, ...]:
+        """Names of all spans of the whole."""
+        return self.message.spans
+
+    @property
+    def first(self) -> PairBatch:
+        """The first pair of the whole."""
+        alone = replace(self.message, pairs=(self.message.first,), start=0)
+        return Sent(alone, self.model).batch([0])

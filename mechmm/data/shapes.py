@@ -214,15 +214,49 @@ def pairs(
         raise ValueError(f"unknown spans {spans!r}; use one of {', '.join(get_args(Spans))}")
     if n < 1:
         raise ValueError(f"{n} pairs were asked for; ask for at least 1")
-    sampler = sampler if sampler is not None else Sampler()
-    rng = np.random.default_rng(seed)
-    drawn = [sampler.pair(rng, kind) for _ in range(n)]
+    drawn = _drawn(kind, n, seed, sampler)
     made = [scene_pair(model, *one, form=form) for one in drawn]
     if spans == "data":
         made = [
             _with_data(pair, clean, form) for pair, (clean, _, _) in zip(made, drawn, strict=True)
         ]
     return PairDataset(made, model)
+
+
+def scenes(kind: str, n: int, seed: int = 0, sampler: Sampler | None = None) -> list[Scene]:
+    """The clean scenes of `pairs` with the same arguments.
+
+    Raises:
+        ValueError: an unknown kind; fewer than one scene.
+    """
+    if n < 1:
+        raise ValueError(f"{n} scenes were asked for; ask for at least 1")
+    return [clean for clean, _, _ in _drawn(kind, n, seed, sampler)]
+
+
+def concepts(scenes: Sequence[Scene]) -> dict[str, list[list[Box]]]:
+    """Where every color, shape and digit is that some scenes show: for each scene the cells of the
+    things that have it. Names: `color red`, `shape ring`, `digit 7`; and `thing`, for all of them.
+    """
+    found: dict[str, list[list[Box]]] = {"thing": [[] for _ in scenes]}
+    for number, scene in enumerate(scenes):
+        for thing in scene.things:
+            kind = "digit" if thing.digit is not None else "shape"
+            names = ["thing", f"{kind} {thing.name}"]
+            names += [f"color {thing.color}"] * (thing.color is not None)
+            for name in names:
+                own = found.setdefault(name, [[] for _ in scenes])
+                own[number].append(_cell_box(thing))
+    return dict(sorted(found.items()))
+
+
+def _drawn(
+    kind: str, n: int, seed: int, sampler: Sampler | None
+) -> list[tuple[Scene, Scene, Question]]:
+    """Clean and corrupt scenes and the question asked of both."""
+    sampler = sampler if sampler is not None else Sampler()
+    rng = np.random.default_rng(seed)
+    return [sampler.pair(rng, kind) for _ in range(n)]
 
 
 def scene_pair(
@@ -354,8 +388,10 @@ __all__ = [
     "Sampler",
     "Spans",
     "color_pairs",
+    "concepts",
     "pairs",
     "prior_pairs",
     "prompt",
     "scene_pair",
+    "scenes",
 ]

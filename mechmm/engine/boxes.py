@@ -1,4 +1,4 @@
-"""Which part of a picture a place in a tower's tensor stands for."""
+"""Which part of a picture a place in a tower's tensor stands for, and which places a part has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from mechmm.engine.located import tower_rows
 from mechmm.engine.sites import READING, SEEING
 from mechmm.model.grids import Grid
-from mechmm.model.layout import SpanError, TokenLayout
+from mechmm.model.layout import Box, Patches, SpanError, TokenLayout
 
 Seen = tuple[int, float, float, float, float]
 """(number of the prompt's picture, left, top, right, bottom in pixels of it as it was given)."""
@@ -35,6 +35,40 @@ def box_of(layout: TokenLayout, tower: str, prompt: int, row: int, position: int
                 return image, *_pixels(layout.windows[prompt][image], view, cell)
         first += medium.tower_rows
     return None
+
+
+def places_in(
+    layout: TokenLayout, tower: str, prompt: int, where: Box | Patches
+) -> set[tuple[int, int]]:
+    """(row, position) in a tower's tensors of everything that is made of some part of a picture.
+
+    Raises:
+        SpanError: a part that the prompt's pictures do not have.
+    """
+    if tower in READING:
+        return {(prompt, position) for position in layout.find(where, prompt)}
+    parts = layout.patches(where, prompt) if isinstance(where, Box) else (where,)
+    media, found = layout.media[prompt], set()
+    for part in parts:
+        view = _view(layout, prompt, part)
+        first = tower_rows(layout, prompt) + sum(m.tower_rows for m in media[: part.image])
+        for row, column in part.cells:
+            made = view.sources[row * view.columns + column].tolist()
+            found |= {(first + own, position) for own, position in made}
+    return found
+
+
+def _view(layout: TokenLayout, prompt: int, part: Patches) -> Grid:
+    """The view that some cells lie in."""
+    views = [medium.views for medium in layout.media[prompt]]
+    if 0 <= part.image < len(views) and 0 <= part.view < len(views[part.image]):
+        view = views[part.image][part.view]
+        if all(0 <= r < view.rows and 0 <= c < view.columns for r, c in part.cells):
+            return view
+    sizes = [f"{view.rows} x {view.columns}" for own in views for view in own]
+    raise SpanError(
+        f"prompt {prompt} has no {part}; its pictures have {', '.join(sizes) or 'no'} patches"
+    )
 
 
 def _cell(view: Grid, row: int, position: int) -> int | None:

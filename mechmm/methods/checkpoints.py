@@ -21,7 +21,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
-from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.hooked import HookedMultimodal, source_of
 from mechmm.model.untrained import untrained
 from mechmm.results import plots
 from mechmm.results.result import Result, class_named
@@ -175,7 +175,7 @@ def _check(named: Sequence[tuple[str, str | None]]) -> None:
 
 def _shape(name: str, revision: str | None) -> dict[str, Any]:
     """What a checkpoint's config says of its architecture, names of nested entries joined."""
-    found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)
+    found: PretrainedConfig = AutoConfig.from_pretrained(source_of(name), revision=revision)
     return dict(_flat(found.to_dict()))
 
 

@@ -13,6 +13,7 @@ the whole model does. Both beside random circuits of the same sizes. MIB, 2504.1
   (`mechmm.engine.unit_runs`).
 - Completeness: how far the answer falls when the circuit's edges, and only they, are cut.
 - Minimality: what the circuit loses without each of its edges.
+
 Wang et al. 2211.00593.
 """
 
@@ -106,6 +107,12 @@ class Faithfulness(Result):
         """Area under |1 - f| over the share of edges."""
         table = self.curve(null)
         return _area(table["fraction"], (1 - table["faithfulness"]).abs())
+
+    def areas(self) -> pd.DataFrame:
+        """CPR and CMD of the circuits, and of the random ones (`null`) where there are any."""
+        nulls = sorted(self.circuits["null"].unique().tolist())
+        rows = [(null, self.cpr(null), self.cmd(null)) for null in nulls]
+        return pd.DataFrame(rows, columns=["null", "cpr", "cmd"])
 
     # Figures ---------------------------------------------------------------------------------
 
@@ -245,7 +252,7 @@ def faithfulness_curve(
     Args:
         fractions: of all edges, nodes or neurons, that are kept.
         signed, greedy: how these are chosen (`Attribution.circuit`).
-        Other arguments: as `faithfulness`.
+        others: as of `faithfulness`.
 
     Raises:
         ValueError: as `faithfulness`; a fraction outside (0, 1].

@@ -174,8 +174,8 @@ class ModalityGap(Result):
 
 
 def _names(table: pd.DataFrame) -> list[str]:
-    known = table["layer"].notna()
-    return [str(h) if not k else f"layer {h}" for h, k in zip(table["hook"], known, strict=True)]
+    rows = zip(table["hook"], table["layer"], strict=True)
+    return [str(hook) if pd.isna(layer) else f"layer {layer:.0f}" for hook, layer in rows]
 
 
 def measures(

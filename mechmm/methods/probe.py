@@ -183,12 +183,12 @@ class Probe(Result):
     def _bars(self) -> Figure:
         table = self.to_dataframe()
         top = table.loc[table["accuracy"].sort_values(ascending=False, kind="stable").index[:SHOWN]]
-        names = [f"{row.label} (reads {row.accuracy:.2f})" for row in top.itertuples()]
+        names = [f"{row.label} ({row.accuracy:.2f})" for row in top.itertuples()]
         low, high = (top[["random_" + end, "shuffled_" + end]] for end in ("low", "high"))
         null = (float(low.min(axis=None)), float(high.max(axis=None)))
         columns = ("change", "change_low", "change_high")
         value, low, high = (top[column].to_numpy(float) for column in columns)
-        title = f"change of {self.metric} where what the probe reads is erased"
+        title = f"change of {self.metric} where what the probe reads (its accuracy) is erased"
         extra = {"value_title": "change", "null_title": "random shifts, permuted labels"}
         return plots.bars(names, value, low, high, title, null=null, **extra)
 

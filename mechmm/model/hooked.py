@@ -37,6 +37,12 @@ class UnknownHookError(KeyError):
         return str(self.args[0])
 
 
+def source_of(name_or_path: str | Path) -> str:
+    """What `transformers` loads a model from: a name on the hub or a folder."""
+    demo = str(name_or_path) == DEMO
+    return str(files("mechmm") / "zoo" / "demo") if demo else str(name_or_path)
+
+
 class HookedMultimodal(Encoding):
     """A multimodal model whose every activation, from pixel to answer token, has a hook point.
 
@@ -116,9 +122,7 @@ class HookedMultimodal(Encoding):
         """
         if device is not None and device_map is not None:
             raise ValueError("give either device or device_map, not both")
-        source, demo = str(name_or_path), str(name_or_path) == DEMO
-        if demo:
-            source = str(files("mechmm") / "zoo" / "demo")
+        source = source_of(name_or_path)
         if Path(source).is_dir() and not (Path(source) / "config.json").exists():
             raise ValueError(
                 f"the folder {source!r} is no model: it has no config.json; give a folder written "
@@ -341,7 +345,7 @@ class HookedMultimodal(Encoding):
         Args:
             names_filter: a name, a list of names or a function of names. Default: every hook but
                 the derived `hook_result`, which is large; name it to have it.
-            Other arguments: as in TransformerLens.
+            others: as in TransformerLens.
 
         Raises:
             UnknownHookError: for a name that no hook point has, with the nearest names.

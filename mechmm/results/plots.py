@@ -167,5 +167,11 @@ def _with_band(figure: go.Figure, null: Range, title: str) -> go.Figure:
         name=f"{label(title)}: {between(*null)}",
     )
     return figure.update_layout(
-        legend={"orientation": "h", "x": figure.layout.xaxis.domain[0], "y": 1, "yanchor": "top"}
+        legend={
+            "orientation": "h",
+            "x": figure.layout.xaxis.domain[0],
+            "y": 1,
+            "yanchor": "top",
+            "bgcolor": "rgba(0,0,0,0)",
+        }
     )

@@ -1,13 +1,15 @@
 """One HTML page per run, complete in one file.
 
 The page asks nothing of the network, and its content security policy forbids it to: style,
-pictures and plotly.js are inside, plotly.js once, and only if there is a figure. All text is
-escaped.
+pictures, tables and plotly.js are inside, plotly.js once, and only if there is a figure. All text
+is escaped, and no script runs but the two that draw figures. It can be read on a telephone, in the
+dark, with the keyboard and without seeing its figures.
 """
 
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -19,15 +21,16 @@ from typing import Any, TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 from PIL import Image
-from plotly.offline import get_plotlyjs
 
+from mechmm.results.drawn import asset, data_link, figure_html, script_sources, scripts
 from mechmm.results.store import write_whole
+from mechmm.results.table import table_html
 
 Content: TypeAlias = str | pd.DataFrame | Image.Image | go.Figure
 """Text (a blank line starts a paragraph), a table, a picture, or a figure."""
-_ROWS = 200
-_CONFIG = {"displaylogo": False, "modeBarButtons": [["toImage", "resetScale2d"]]}
-_SMALL = 320
+Block: TypeAlias = "Content | Captioned | Row | Folded | Code | Facts | Number | Download"
+_SMALL, _WHOLE, _MOST = 320, 100_000, 1_500_000
+"""Pixels of a picture that is enlarged; bytes of a file that is packed, and is left out."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,61 @@ class Captioned:
 class Row:
     """Contents side by side, where the window is wide enough."""
 
-    contents: Sequence[Content | Captioned]
+    contents: Sequence[Content | Captioned | Number]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Contents under a line that opens and closes them; closed at first."""
+
+    heading: str
+    contents: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Commands or a file, as they are."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Names and what they are."""
+
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that readers look for first.
+
+    Attributes:
+        notes: what it is held against, a line each.
+        verdict: in a word or two, and whether it is good; None: neither.
+    """
+
+    name: str
+    value: str
+    notes: Sequence[str] = ()
+    verdict: str = ""
+    good: bool | None = None
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file inside the page: packed (`.gz`) if it is long, and left out if it is long even so.
+
+    Attributes:
+        note: said beside the link.
+        elsewhere: where the file is, for where it is left out.
+    """
+
+    name: str
+    data: bytes
+    kind: str = "text/csv"
+    note: str = ""
+    elsewhere: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +107,7 @@ class Section:
     """A heading and what stands under it, in order."""
 
     heading: str
-    contents: Sequence[Content | Captioned | Row] = ()
+    contents: Sequence[Block] = ()
 
 
 @dataclass(frozen=True)
@@ -76,21 +133,38 @@ class Page:
         """
         writer = _Writer()
         body = "".join(writer.section(section, i) for i, section in enumerate(self.sections))
-        script = f"<script>{get_plotlyjs()}</script>" if writer.figures else ""
-        return _PAGE.format(
-            title=escape(self.title),
-            policy=_POLICY,
-            style=_STYLE,
-            script=script,
-            summary=_paragraphs(self.summary),
-            contents=_contents(self.sections),
-            body=body,
-            footer=_footer(self.facts),
+        sources = " ".join(script_sources()) if writer.figures else "'none'"
+        head = f"<header><h1>{escape(self.title)}</h1>{_paragraphs(self.summary)}</header>"
+        return document(
+            self.title,
+            f"{head}\n{_contents(self.sections)}",
+            f"{body}\n{_footer(self.facts)}",
+            scripts() if writer.figures else "",
+            POLICY.format(scripts=sources),
         )
 
     def save(self, path: str | Path) -> Path:
         """Write the page, wholly or not at all; returns its path. An older page is replaced."""
         return write_whole(path, self.html().encode())
+
+
+def document(
+    title: str, head: str, body: str, scripts: str = "", policy: str = "", style: str = ""
+) -> str:
+    """An HTML document in the style of all pages.
+
+    Args:
+        title: as text; all else is HTML.
+        policy: of content security; default: no scripts. style: besides that of all pages.
+    """
+    return _PAGE.format(
+        title=escape(title),
+        policy=policy or POLICY.format(scripts="'none'"),
+        style=asset("page.css") + style,
+        head=head,
+        body=body,
+        scripts=scripts,
+    )
 
 
 @dataclass
@@ -100,92 +174,50 @@ class _Writer:
     figures: int = 0
 
     def section(self, section: Section, i: int) -> str:
-        blocks = "".join(self.block(block) for block in section.contents)
+        blocks = self.blocks(section.contents)
         return f'<section id="section-{i}"><h2>{escape(section.heading)}</h2>{blocks}</section>\n'
 
     def block(self, block: Any) -> str:
         if isinstance(block, Row):
-            return f'<div class="row">{"".join(map(self.block, block.contents))}</div>'
+            return f'<div class="row">{self.blocks(block.contents)}</div>'
         if isinstance(block, Captioned):
             caption = f"<figcaption>{escape(block.caption)}</figcaption>"
             return f"<figure>{self.block(block.content)}{caption}</figure>"
-        if isinstance(block, str):
-            return _paragraphs(block)
-        if isinstance(block, pd.DataFrame):
-            return _table(block)
-        if isinstance(block, Image.Image):
-            return _picture(block)
+        if isinstance(block, Folded):
+            inside = self.blocks(block.contents)
+            return f"<details><summary>{escape(block.heading)}</summary>{inside}</details>"
         if isinstance(block, go.Figure):
-            return self.figure(block)
-        raise TypeError(
-            f"a page cannot show a {type(block).__name__}; give text, a data frame, a PIL image, a "
-            "plotly figure, or those in Captioned or Row"
-        )
+            self.figures += 1
+            return figure_html(block, self.figures)
+        return _plain_block(block)
 
-    def figure(self, figure: go.Figure) -> str:
-        self.figures += 1
-        drawn = figure.to_html(
-            full_html=False,
-            include_plotlyjs=False,
-            div_id=f"figure-{self.figures}",
-            config=_CONFIG,
-        )
-        return f'<div class="wide plot">{drawn}</div>'
+    def blocks(self, blocks: Sequence[Any]) -> str:
+        return "".join(map(self.block, blocks))
+
+
+def _plain_block(block: Any) -> str:
+    """What has no figures in it."""
+    writers = {
+        str: _paragraphs,
+        pd.DataFrame: table_html,
+        Image.Image: _picture,
+        Code: _code,
+        Facts: lambda block: _list(block.facts),
+        Number: _number,
+        Download: _download,
+    }
+    for kind, write in writers.items():
+        if isinstance(block, kind):
+            return write(block)
+    raise TypeError(
+        f"a page cannot show a {type(block).__name__}; give text, a data frame, a PIL image, a "
+        "plotly figure, or a block of mechmm.results.report"
+    )
 
 
 def _paragraphs(text: str) -> str:
     parts = [part.strip() for part in text.split("\n\n")]
     return "".join(f"<p>{escape(part)}</p>" for part in parts if part)
-
-
-def _table(table: pd.DataFrame) -> str:
-    """At most 200 rows, and how many there are in all; the index only if it says something."""
-    shown = table.head(_ROWS)
-    columns = [(str(name), shown.iloc[:, i]) for i, name in enumerate(table.columns)]
-    if not isinstance(table.index, pd.RangeIndex):
-        columns.insert(0, (str(table.index.name or ""), pd.Series(shown.index.to_numpy())))
-    sides = [' class="number"' if _is_numeric(column) else "" for _, column in columns]
-    heads = [
-        f"<th{side}>{escape(name).replace('_', '_<wbr>')}</th>"
-        for side, (name, _) in zip(sides, columns, strict=True)
-    ]
-    rows = [
-        [f"<td{side}>{escape(text)}</td>" for side, text in zip(sides, texts, strict=True)]
-        for texts in zip(*(_texts(column) for _, column in columns), strict=True)
-    ]
-    lines = "".join(f"<tr>{''.join(cells)}</tr>" for cells in rows)
-    cut = f'<p class="note">The first {_ROWS} of {len(table)} rows.</p>'
-    return (
-        f'<div class="wide"><table><thead><tr>{"".join(heads)}</tr></thead>'
-        f"<tbody>{lines}</tbody></table></div>{cut if len(table) > _ROWS else ''}"
-    )
-
-
-def _is_numeric(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column)
-
-
-def _texts(column: pd.Series) -> list[str]:
-    """Cells as text: one number of decimals per column, nothing where a value is missing."""
-    form = _decimals(column) if pd.api.types.is_float_dtype(column) else ""
-    return [
-        "" if _missing(value) else format(value, form) if form else str(value) for value in column
-    ]
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value is pd.NA or (isinstance(value, float) and math.isnan(value))
-
-
-def _decimals(column: pd.Series) -> str:
-    """Format for floats: three significant digits of the largest; whole numbers as such."""
-    sizes = [abs(float(value)) for value in column if not _missing(value) and math.isfinite(value)]
-    largest = max(sizes, default=0.0)
-    if all(size == round(size) for size in sizes) and largest < 1e15:
-        return ".0f"
-    if not 1e-4 <= largest < 1e6:
-        return ".2e"
-    return f".{max(0, 2 - math.floor(math.log10(largest)))}f"
 
 
 def _picture(picture: Image.Image) -> str:
@@ -203,6 +235,44 @@ def _picture(picture: Image.Image) -> str:
     )
 
 
+def _code(code: Code) -> str:
+    return f'<pre class="wide"><code>{escape(code.text)}</code></pre>'
+
+
+def _list(facts: Mapping[str, Any]) -> str:
+    rows = (
+        f"<dt>{escape(str(name))}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items()
+    )
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def _number(number: Number) -> str:
+    kind = {True: " good", False: " bad", None: ""}[number.good]
+    notes = "".join(f'<div class="note">{escape(note)}</div>' for note in number.notes)
+    verdict = f'<div class="verdict">{escape(number.verdict)}</div>' if number.verdict else ""
+    return (
+        f'<div class="headline{kind}"><h3>{escape(number.name)}</h3>'
+        f'<div class="value">{escape(number.value)}</div>{notes}{verdict}</div>'
+    )
+
+
+def _download(file: Download) -> str:
+    name, data, kind, said = file.name, file.data, file.kind, [file.note]
+    if len(data) > _WHOLE:
+        name, data, kind = f"{name}.gz", gzip.compress(data, 9, mtime=0), "application/gzip"
+        said.append("packed, as it is long")
+    if len(data) > _MOST:
+        return _note(escape(f"{file.name} is too long for this page. {file.elsewhere}"))
+    link = f'<a download="{escape(name)}" href="{data_link(data, kind)}">{escape(name)}</a>'
+    size = f"{len(data) / 1000:.0f} kB" if len(data) >= 1000 else f"{len(data)} bytes"
+    about = ", ".join(part for part in (size, *said) if part)
+    return _note(f"Download {link} ({escape(about)})")
+
+
+def _note(html: str) -> str:
+    return f'<p class="note">{html}</p>'
+
+
 def _contents(sections: Sequence[Section]) -> str:
     """Links to the sections of a long page."""
     if len(sections) < 4:
@@ -211,69 +281,18 @@ def _contents(sections: Sequence[Section]) -> str:
         f'<li><a href="#section-{i}">{escape(section.heading)}</a></li>'
         for i, section in enumerate(sections)
     )
-    return f"<nav><ol>{''.join(links)}</ol></nav>"
+    return f'<nav aria-label="Contents"><ol>{"".join(links)}</ol></nav>'
 
 
 def _footer(facts: Mapping[str, Any]) -> str:
     if not facts:
         return ""
-    rows = (
-        f"<dt>{escape(str(name))}</dt><dd>{escape(str(fact))}</dd>" for name, fact in facts.items()
-    )
-    return f"<footer><h2>How this was made</h2><dl>{''.join(rows)}</dl></footer>"
+    return f"<footer><h2>How this was made</h2>{_list(facts)}</footer>"
 
 
-_STYLE = """
-:root { color-scheme: light; --ink: #1f2328; --faint: #59636e; --line: #d8dde3; --soft: #f6f8fa; }
-* { box-sizing: border-box; }
-body { margin: 0; color: var(--ink); background: white; line-height: 1.55;
-  font: 16px/1.55 Inter, "Segoe UI", system-ui, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1128px; margin: 0 auto; padding: 48px 24px 32px; }
-h1 { font-size: 30px; line-height: 1.2; margin: 0 0 12px; letter-spacing: -0.01em; }
-h2 { font-size: 20px; line-height: 1.3; margin: 0 0 12px; }
-p { margin: 0 0 12px; max-width: 72ch; overflow-wrap: anywhere; white-space: pre-line; }
-header { border-bottom: 1px solid var(--line); padding-bottom: 16px; margin-bottom: 32px; }
-header p { font-size: 18px; color: var(--faint); }
-nav ol { margin: 0 0 32px; padding-left: 20px; }
-a { color: #2166ac; }
-section { margin-bottom: 44px; }
-.wide { max-width: 100%; overflow-x: auto; margin: 0 0 16px; }
-table { border-collapse: collapse; font-size: 13px; line-height: 1.4; }
-.plot { margin-left: -24px; max-width: calc(100% + 48px); }
-th, td { padding: 5px 10px 5px 0; text-align: left; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-th { font-weight: 600; color: var(--faint); }
-th.number, td.number { text-align: right; padding-left: 8px; }
-td.number { white-space: nowrap; font-variant-numeric: tabular-nums; }
-img { display: block; max-width: 100%; height: auto; margin: 0 0 16px;
-  border: 1px solid var(--line); }
-img.crisp { image-rendering: pixelated; }
-figure { margin: 0 0 20px; min-width: 0; }
-figure > :first-child { margin-bottom: 6px; }
-figcaption, .note { font-size: 14px; color: var(--faint); max-width: 72ch; }
-.row { display: flex; flex-wrap: wrap; gap: 8px 28px; align-items: flex-start; }
-.row > * { min-width: 0; max-width: 100%; }
-footer { border-top: 1px solid var(--line); padding-top: 20px; font-size: 14px; }
-footer h2 { font-size: 15px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 24px; margin: 0; }
-dt { color: var(--faint); }
-dd { margin: 0; font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px;
-  overflow-wrap: anywhere; white-space: pre-wrap; }
-@media (max-width: 600px) { main { padding: 24px; } h1 { font-size: 24px; } }
-@media print {
-  main { max-width: none; padding: 0; }
-  section { margin-bottom: 24px; }
-  h2 { break-after: avoid; }
-  figure, .plot, img, tr { break-inside: avoid; }
-  .wide { overflow: visible; }
-  .plot { zoom: 0.66; margin-left: 0; }
-  .plot .modebar { display: none; }
-  .row > * { max-width: 46%; }
-}
-"""
-
-_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; script-src {scripts}; style-src 'unsafe-inline'; img-src data: blob:; "
+    "base-uri 'none'; form-action 'none'"
 )
 """Nothing but what the page itself holds; plotly.js saves figures through blobs."""
 
@@ -283,17 +302,19 @@ _PAGE = """<!DOCTYPE html>
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{title}</title>
 <style>{style}</style>
-{script}
 </head>
 <body>
+<a class="skip" href="#content">Skip to the content</a>
 <main>
-<header><h1>{title}</h1>{summary}</header>
-{contents}
+{head}
+<div id="content" tabindex="-1">
 {body}
-{footer}
+</div>
 </main>
+{scripts}
 </body>
 </html>
 """

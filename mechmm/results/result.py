@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from mechmm.results.shown import result_html
 from mechmm.results.store import RECORD, pack, read_files, same, unpack, write_folder
 
 FORMAT = 1
@@ -96,6 +97,10 @@ class Result(ABC):
             and type(self) is type(other)
             and same(self._values(), other._values())
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the class, its fields, and the head of the table."""
+        return result_html(type(self).__name__, self._values(), self.to_dataframe())
 
     @classmethod
     def _from_values(cls: type[R], values: dict[str, Any]) -> R:

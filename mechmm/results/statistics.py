@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 _NUMBERS = 2**24
@@ -94,6 +95,21 @@ def beside_draws(
         "random_high": draws.amax(1).numpy(),
         "base": float(base.mean()),
     }
+
+
+def rank_correlation(
+    one: Float[Tensor, "example place"],
+    other: Float[Tensor, "example place"],
+    present: Bool[Tensor, "example place"],
+) -> Float[Tensor, " example"]:
+    """Spearman's rank correlation of two maps over the places that an example has; NaN where one
+    of them is constant."""
+    found = torch.full((len(one),), torch.nan)
+    for example, there in enumerate(present):
+        ranks = [pd.Series(v[example, there].double().numpy()).rank() for v in (one, other)]
+        if all(rank.nunique() > 1 for rank in ranks):
+            found[example] = float(ranks[0].corr(ranks[1]))
+    return found
 
 
 def _as_float(values: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Steered(Result):
     def plot(self) -> dict[str, Figure]:
         """Every cell as a bar, over the range of the random pushes."""
         table = self.to_dataframe()
-        names = [f"{row.label}, scale {row.scale:g}" for row in table.itertuples()]
+        several = table["scale"].nunique() > 1
+        names = [r.label + f", scale {r.scale:g}" * several for r in table.itertuples()]
         value, low, high = (table[name].to_numpy(float) for name in ("value", "low", "high"))
         null = float(table["random_low"].min()), float(table["random_high"].max())
         title = f"steered: {self.metric}, {len(self.base)} pairs"

@@ -37,8 +37,6 @@ HELD_OUT = 1000
 """Added to the seed of the pairs that scores are made on."""
 NULLS = 3
 """Draws of random scores."""
-EXACT = 2000
-"""Edges of the largest graph on which `exact` runs without being asked for."""
 WANTED = 0.85
 """Faithfulness of the smallest circuit that is looked for."""
 QUICK = ("eap", "eap-ig-inputs", "clean-corrupt", "random")
@@ -51,7 +49,7 @@ class Bench:
 
     Attributes:
         models: names or kinds of `mechmm.runs.cases`; none: all.
-        methods: of attribution; none: all, `exact` only on small graphs.
+        methods: of attribution; none: all.
         pairs: to make scores on, and as many others to test circuits on.
         steps: of integrated gradients.
         seed: of pairs and random scores.
@@ -77,12 +75,10 @@ class Bench:
         check_limits(pairs=self.pairs, steps=self.steps)
         check_seed(self.seed)
 
-    def methods_for(self, edges: int) -> tuple[str, ...]:
-        """The methods that run on a graph of so many edges."""
-        if self.methods:
-            return tuple(self.methods)
-        usual = QUICK if self.quick else METHODS
-        return tuple(m for m in usual if m != "exact" or edges <= EXACT)
+    @property
+    def tried(self) -> tuple[str, ...]:
+        """The methods that run."""
+        return tuple(self.methods) or (QUICK if self.quick else METHODS)
 
     @property
     def count(self) -> int:
@@ -144,7 +140,7 @@ def run(bench: Bench) -> tuple[list[Truth], list[Row]]:
         true = Circuit.named(first.graph, case.edges) if case.edges else None
         if true is not None:
             truths.append(_truth(case, held_out, true))
-        for method in bench.methods_for(len(first.graph)):
+        for method in bench.tried:
             rows.append(_row(case, bench, method, known, held_out, true))
     return truths, rows
 

@@ -14,8 +14,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from mechmm.engine.calibrate import DEFAULT
+from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
+from mechmm.runs.engines import ENGINES, Engine
 from mechmm.runs.expectation import Expectation
 from mechmm.runs.hints import MisfitError, cast
 from mechmm.runs.lines import lines_of
@@ -25,11 +26,8 @@ from mechmm.runs.overrides import apply
 from mechmm.runs.place import ConfigError, Place
 
 FORMAT = 1
-TABLES = ("to_dataframe", "predictors", "paths")
-"""Methods of results that give a table and need nothing to be said."""
 STATISTICS = ("mean", "median", "max", "min", "count")
 DTYPES = ("auto", "float64", "float32", "float16", "bfloat16")
-ENGINES = ("local",)
 T = TypeVar("T")
 
 
@@ -86,8 +84,9 @@ class Headline:
     """One number read off the table of a step.
 
     Attributes:
-        table: which one, where a result has several; default: `to_dataframe`.
-        column, where: of the rows whose columns have these values.
+        column, where: of the rows whose columns have these values, or of numbers fit a comparison
+            such as `>= 0.85`.
+        table: of the step's result; the default is the one that every result has.
         minus: another column, which is subtracted row by row.
         statistic: of the rows. low, high: columns that hold the interval of a single row; "": none.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
@@ -101,22 +100,8 @@ class Headline:
     statistic: str = "mean"
     low: str = "low"
     high: str = "high"
+    table: str = tables.MAIN
     expect: str | None = None
-    table: str = "to_dataframe"
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How steps are run.
-
-    Attributes:
-        chunk: pairs per chunk. tokens: of one forward pass, at most; fixed, because a budget that
-            is found by timing would change the order of sums from run to run.
-    """
-
-    name: str = "local"
-    chunk: int = 32
-    tokens: int = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -150,7 +135,7 @@ class Config:
             "pairs": {name: _set_dict(one) for name, one in self.pairs.items()},
             "steps": [{"name": s.name, "method": s.method, **s.options} for s in self.steps],
             "headlines": [_without_none(asdict(one)) for one in self.headlines],
-            "engine": asdict(self.engine),
+            "engine": _without_none(asdict(self.engine)),
         }
 
 
@@ -283,8 +268,9 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
     for number, row in enumerate(_rows(raw, "headlines", place)):
         at = place.at("headlines").at(number)
         one = _section(Headline, row, at)
-        at.at("step").choice(one.step, [step.name for step in steps], "step")
-        at.at("table").choice(one.table, TABLES, "table")
+        methods = {step.name: METHODS[step.method] for step in steps}
+        method = methods[at.at("step").choice(one.step, list(methods), "step")]
+        at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
         if one.expect is not None:
             try:
@@ -299,9 +285,10 @@ def _engine(raw: Mapping[str, Any], place: Place) -> Engine:
     at = place.at("engine")
     found = _section(Engine, raw.get("engine", {}), at)
     at.at("name").choice(found.name, ENGINES, "engine")
-    for key in ("chunk", "tokens"):
-        if getattr(found, key) < 1:
-            raise at.at(key).error(f"must be 1 or more, not {getattr(found, key)}")
+    try:
+        found.check()
+    except ValueError as error:
+        raise at.error(str(error)) from None
     return found
 
 

@@ -8,26 +8,27 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mechmm.results.result import Result
+from mechmm.results.table import table_html
 from mechmm.runs import config as configs
 from mechmm.runs.config import Config
+from mechmm.runs.paths import (
+    FINISHED,
+    GIVEN,
+    HEADLINES,
+    LOCK,
+    RESOLVED,
+    RESULTS,
+    RunError,
+    read_manifest,
+)
 from mechmm.runs.place import Place
-
-FORMAT = 1
-"""Version of the folder's layout; raised when an older mechmm could no longer read it."""
-MANIFEST, LOCK, GIVEN, RESOLVED = "manifest.json", ".lock", "config.toml", "resolved.json"
-HEADLINES, REPORT = "headlines.json", "report.html"
-PAIRS, STEPS, RESULTS, FIGURES = "pairs", "steps", "results", "figures"
-RUNNING, FINISHED = "running", "finished"
-
-
-class RunError(ValueError):
-    """A run's folder cannot be used as it is."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,13 @@ class Run:
         """Whether all stated expectations agree."""
         return str(self.manifest.get("verdict", ""))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: name, state, verdict, and the headlines."""
+        name, state = (escape(str(self.manifest.get(key, ""))) for key in ("name", "state"))
+        found = self.headlines
+        table = table_html(found) if len(found) else ""
+        return f"<div><b>Run {name}</b> ({state})<p>{escape(self.verdict)}</p>{table}</div>"
+
     def _check(self, step: str) -> None:
         if step not in self.steps:
             raise RunError(
@@ -119,30 +127,6 @@ def load_result(folder: Path) -> Result:
     import mechmm.runs.methods  # noqa: F401 - defines the classes
 
     return Result.load(folder)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run.
-
-    Raises:
-        FileNotFoundError: there is none.
-        RunError: it cannot be read, or is of a newer format.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} is no run: it has no {MANIFEST}")
-    try:
-        found = json.loads(path.read_bytes())
-        newer = found["format"] > FORMAT
-        written = found["mechmm"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); copy the folder again") from error
-    if newer:
-        raise RunError(
-            f"{folder} was written by mechmm {written} in format {found['format']}; this "
-            f"mechmm reads up to {FORMAT}: update it"
-        )
-    return found
 
 
 @contextmanager

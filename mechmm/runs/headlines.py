@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval
 from mechmm.runs.config import Headline
 from mechmm.runs.expectation import Expectation
@@ -48,25 +47,6 @@ def measured(headline: Headline, table: pd.DataFrame) -> dict[str, Any]:
     }
 
 
-def tables_of(headlines: Sequence[Headline], result: Result) -> dict[str, pd.DataFrame]:
-    """The tables that headlines of a step read, by name.
-
-    Raises:
-        HeadlineError: a result that has no such table.
-    """
-    found = {}
-    for headline in headlines:
-        make = getattr(result, headline.table, None)
-        if make is None:
-            raise HeadlineError(
-                f"headline {headline.name!r}: the result of step {headline.step!r} "
-                f"({type(result).__name__}) has no table {headline.table!r}; leave `table` away"
-            )
-        if headline.table not in found:
-            found[headline.table] = make()
-    return found
-
-
 def verdict(found: Sequence[dict[str, Any]]) -> str:
     """Of all headlines that state an expectation."""
     stated = [one["agrees"] for one in found if one["agrees"] is not None]
@@ -94,7 +74,7 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     table = check_columns(headline, table)
     keep = pd.Series(True, index=table.index)
     for name, value in headline.where.items():
-        fits = (table[name] == value).fillna(False).astype(bool)
+        fits = _fits(table[name], value)
         if not fits.any():
             known = ", ".join(map(repr, table[name].dropna().unique()[:20].tolist()))
             raise _error(headline, f"has no row with {name} = {value!r}; there is {known}")
@@ -102,6 +82,20 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if not keep.any():
         raise _error(headline, f"has no row that fits all of {dict(headline.where)}")
     return table[keep]
+
+
+def _fits(column: pd.Series, value: Any) -> pd.Series:
+    """Which rows have a value; numbers may be compared with one in words."""
+    if isinstance(value, str) and pd.api.types.is_numeric_dtype(column):
+        try:
+            expected = Expectation.read(value)
+        except ValueError:
+            return pd.Series(False, index=column.index)
+        numbers = column.to_numpy(dtype=float, na_value=np.nan)
+        return pd.Series(
+            [expected.agrees(number) for number in numbers.tolist()], index=column.index
+        )
+    return (column == value).fillna(False).astype(bool)
 
 
 def _numbers(headline: Headline, rows: pd.DataFrame) -> np.ndarray:
@@ -121,7 +115,7 @@ def _statistic(name: str, values: np.ndarray) -> float:
 
 def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tuple[float, float]:
     statistic = headline.statistic
-    if statistic == "count":
+    if statistic in ("count", "max", "min"):
         return math.nan, math.nan
     if len(values) == 1:
         return _own(headline, rows, headline.low), _own(headline, rows, headline.high)

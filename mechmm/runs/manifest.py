@@ -21,7 +21,7 @@ import torch
 
 import mechmm
 from mechmm.model.hooked import DEMO
-from mechmm.runs.folder import LOCK, MANIFEST
+from mechmm.runs.paths import LOCK, MANIFEST
 
 MOST = 200_000
 """Characters of a diff that are kept."""
@@ -48,6 +48,17 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": packages(),
     }
+
+
+def processor(device: torch.device) -> str:
+    """What computed: the card, or the processor with the instructions that torch uses. The last
+    digits of sums depend on it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    listed = Path("/proc/cpuinfo")
+    lines = listed.read_text().splitlines() if listed.is_file() else []
+    named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def packages() -> dict[str, str]:
@@ -100,7 +111,7 @@ def outputs(folder: Path) -> dict[str, str]:
 
 def model_files(name: str, base: Path, revision: str | None = None) -> dict[str, str]:
     """SHA-256 by name of a model's files: of the shipped model, a folder, or the hub's snapshot."""
-    folder = _model_folder(name, base, revision)
+    folder = model_folder(name, base, revision)
     if folder is None:
         return {}
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
@@ -112,7 +123,8 @@ def combined(files: Mapping[str, str]) -> str:
     return sha256("".join(f"{k} {v}\n" for k, v in sorted(files.items())).encode()).hexdigest()
 
 
-def _model_folder(name: str, base: Path, revision: str | None) -> Path | None:
+def model_folder(name: str, base: Path, revision: str | None = None) -> Path | None:
+    """Where a model's files lie, None where they are not on this machine."""
     if name == DEMO:
         return Path(mechmm.__file__).parent / "zoo" / "demo"
     if (base / name).is_dir():

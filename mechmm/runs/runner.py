@@ -13,7 +13,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -21,8 +21,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
-
-import torch
 
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
@@ -32,11 +30,15 @@ from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
 from mechmm.runs import headlines as heads
-from mechmm.runs import makers, manifest
+from mechmm.runs import makers, manifest, tables
 from mechmm.runs.arguments import Scene
-from mechmm.runs.config import Config, Model, PairSet, Step
+from mechmm.runs.config import Config, PairSet, Step
 from mechmm.runs.config import load as load_config
-from mechmm.runs.folder import (
+from mechmm.runs.engines import check_ray
+from mechmm.runs.folder import Run, load_result, locked, sweep_up
+from mechmm.runs.methods import METHODS
+from mechmm.runs.models import load_model
+from mechmm.runs.paths import (
     FIGURES,
     FINISHED,
     FORMAT,
@@ -48,29 +50,37 @@ from mechmm.runs.folder import (
     RESULTS,
     RUNNING,
     STEPS,
-    Run,
     RunError,
-    load_result,
-    locked,
-    sweep_up,
 )
-from mechmm.runs.methods import METHODS
 from mechmm.runs.terminal import progress
 
 SAME = ("torch", "transformers", "transformer-lens")
 """Packages whose version a resumed run must share with its beginning."""
 
 
+Results = Callable[[Step, Sequence[Scene], Sequence[int], Report], Iterator[tuple[int, Result]]]
+"""Computes missing chunks of a step, and gives each with its number."""
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C; what is finished is kept."""
 
 
-def run(config: Config | str | Path, out: str | Path, overrides: Sequence[str] = ()) -> Run:
+def run(
+    config: Config | str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    saved: Path | None = None,
+    source: Path | None = None,
+) -> Run:
     """Run a config into a new folder.
 
     Args:
         config: from `mechmm.runs.config.load`, or the path of its file.
         overrides: `key=value` each, where config is a path.
+        saved: folder of the sets of pairs, which are read there instead of being made.
+        source: folder of the model's files, if not where the config says.
 
     Raises:
         ConfigError: a config that cannot be run.
@@ -84,9 +94,14 @@ def run(config: Config | str | Path, out: str | Path, overrides: Sequence[str] =
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is not empty; give a new folder, or go on with --resume {out}")
+    if config.engine.name == "ray":
+        check_ray()
     start = time.monotonic()
-    model, facts = _model(config.model, config.base)
-    sets = {name: _made(one, model, config) for name, one in config.pairs.items()}
+    model, facts = load_model(config.model, config.base, source)
+    sets = {
+        name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
+        for name, one in config.pairs.items()
+    }
     job = _Job(config, out, model, sets, start)
     job.check()
     job.begin(facts)
@@ -112,7 +127,7 @@ def resume(folder: str | Path) -> Run:
             return found
         _check_unchanged(found)
         config, start = found.config, time.monotonic() - found.manifest["seconds"]
-        model, facts = _model(config.model, config.base)
+        model, facts = load_model(config.model, config.base)
         if facts["files"] != found.manifest["model"]["files"]:
             raise RunError(
                 f"the files of the model {config.model.name} changed since the run began"
@@ -187,6 +202,7 @@ class _Job:
             "seed": config.seed,
             "base": Path(os.path.relpath(config.base, self.out.absolute())).as_posix(),
             **manifest.machine(),
+            "processor": manifest.processor(self.model.device),
             "lock_sha256": manifest.lock_digest(config.base),
             "git": manifest.git(config.base),
             "model": dict(facts),
@@ -219,8 +235,9 @@ class _Job:
         """Compute what is missing and finish."""
         try:
             with _interruptible() as stopped:
-                for step in self.config.steps:
-                    self._step(step, stopped)
+                with self._engine() as results:
+                    for step in self.config.steps:
+                        self._step(step, results, stopped)
                 return self._finish()
         except KeyboardInterrupt:
             self._note()
@@ -231,49 +248,49 @@ class _Job:
             self._fail(error)
             raise
 
-    def _step(self, step: Step, stopped: threading.Event) -> None:
+    def _step(self, step: Step, results: Results, stopped: threading.Event) -> None:
         """Compute what is missing of a step, join it and show it."""
         joined, chunks = self.out / RESULTS / step.name, self.out / STEPS / step.name
         if not joined.exists():
             parts = self._chunks(step)
             folders = [chunks / f"{number:05d}" for number in range(len(parts))]
+            missing = [number for number, folder in enumerate(folders) if not folder.exists()]
             with progress(step.name) as report:
-                for number, folder in enumerate(folders):
-                    if not folder.exists():
-                        self._chunk(step, parts, number, report, stopped).save(folder)
-                        self._note()
+                for number, found in _said(step, results(step, parts, missing, report)):
+                    if stopped.is_set():  # some methods end with what they have
+                        raise KeyboardInterrupt
+                    self._check_headlines(step, found)
+                    found.save(folders[number])
+                    self._note()
             with _about(step):
                 _join(folders, joined)
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
 
-    def _chunk(
-        self,
-        step: Step,
-        parts: Sequence[Scene],
-        number: int,
-        report: Report,
-        stopped: threading.Event,
-    ) -> Result:
-        """The result of one chunk, whole.
+    @contextmanager
+    def _engine(self) -> Iterator[Results]:
+        """What computes chunks: this process, or workers."""
+        if self.config.engine.name == "local":
+            yield self._local
+            return
+        from mechmm.runs.cluster import workers
 
-        Raises:
-            KeyboardInterrupt: after Ctrl-C, which some methods take to end with what they have.
-        """
-        with _about(step):
-            found = self._run(step, parts[number], number, len(parts), report)
-        if stopped.is_set():
-            raise KeyboardInterrupt
-        self._check_headlines(step, found)
-        return found
+        with workers(self.config, Run.open(self.out).manifest["model"]["sha256"]) as found:
+            yield found.results
+
+    def _local(
+        self, step: Step, parts: Sequence[Scene], missing: Sequence[int], report: Report
+    ) -> Iterator[tuple[int, Result]]:
+        """One chunk after another, in this process."""
+        for number in missing:
+            yield number, self._run(step, parts[number], number, len(parts), report)
 
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        tables = heads.tables_of(own, found)
         for headline in own:
-            heads.check_columns(headline, tables[headline.table])
+            heads.check_columns(headline, tables.read(found, headline.table))
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -319,12 +336,9 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        wanted = self.config.headlines
-        tables = {
-            step: heads.tables_of([one for one in wanted if one.step == step], self._result(step))
-            for step in {one.step for one in wanted}
-        }
-        found = [heads.measured(one, tables[one.step][one.table]) for one in wanted]
+        wanted = {(headline.step, headline.table) for headline in self.config.headlines}
+        read = {key: tables.read(self._result(key[0]), key[1]) for key in wanted}
+        found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
@@ -384,27 +398,6 @@ def write_page(folder: Path) -> None:
 
 def _slug(key: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in key)
-
-
-def _model(config: Model, base: Path) -> tuple[HookedMultimodal, dict[str, Any]]:
-    """The model, and what the manifest says of it."""
-    files = manifest.model_files(config.name, base, config.revision)
-    if config.sha256 is not None and manifest.combined(files) != config.sha256:
-        raise RunError(
-            f"the files of the model {config.name} have the digest {manifest.combined(files)}, not "
-            f"{config.sha256} as the config says"
-        )
-    options = {
-        "revision": config.revision,
-        "device": config.device,
-        "device_map": config.device_map,
-        "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
-    }
-    source = base / config.name
-    model = HookedMultimodal.from_pretrained(source if source.is_dir() else config.name, **options)
-    files = files or manifest.model_files(config.name, base, config.revision)
-    facts = {"name": config.name, "revision": config.revision, "files": files}
-    return model, {**facts, "sha256": manifest.combined(files)}
 
 
 def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
@@ -467,6 +460,12 @@ def _check_unchanged(found: Run) -> None:
                 f"the run began with {name} {before.get(name)}, this is {now.get(name)}: its "
                 "numbers would not belong together; install that version, or begin anew"
             )
+
+
+def _said(step: Step, results: Iterator[tuple[int, Result]]) -> Iterator[tuple[int, Result]]:
+    """The same, with errors that say in which step they are."""
+    with _about(step):
+        yield from results
 
 
 @contextmanager

@@ -46,6 +46,12 @@ def test_it_is_what_the_method_finds_on_each(found, folders):
     assert not torch.equal(values[1], values[2])
 
 
+def test_the_shipped_model_is_a_checkpoint_by_its_name(folders):
+    found = mm.over_checkpoints(heads, [folders[0], "mechmm/demo"], null=False)
+    assert found.checkpoints == ("step-0", "mechmm/demo")
+    assert heads(mm.HookedMultimodal.from_pretrained("mechmm/demo")).equals(found.results[1])
+
+
 def test_measures_are_numbers_or_one_per_example(found):
     measures = {"clean": lambda r: r.clean, "largest": lambda r: float(r.values.max())}
     table = found.measured(measures)

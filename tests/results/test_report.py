@@ -1,7 +1,10 @@
 """A page is complete in one file, asks nothing of the network, and shows text as text."""
 
 import base64
+import gzip
+import hashlib
 import io
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +14,19 @@ import plotly.graph_objects as go
 import pytest
 from PIL import Image
 
-from mechmm.results.report import Captioned, Page, Row, Section, _Writer
+from mechmm.results.described import described
+from mechmm.results.report import (
+    Captioned,
+    Code,
+    Download,
+    Facts,
+    Folded,
+    Number,
+    Page,
+    Row,
+    Section,
+    _Writer,
+)
 
 LOUD = "<script>alert('x')</script> & \"quotes\""
 
@@ -73,8 +88,9 @@ def full_page() -> Page:
 def test_text_is_shown_not_run() -> None:
     page = Parsed(full_page())
     assert not page.open, "every tag is closed"
-    # Title (also in the head), summary, heading (also in the links), captions, cells, a fact.
-    assert page.text.count(LOUD) == 2 + 1 + 2 + 2 + 2 + 1
+    # Title (also in the head), summary, heading (also in the links), captions, a figure's title,
+    # cells, a fact.
+    assert page.text.count(LOUD) == 2 + 1 + 2 + 2 + 1 + 2 + 1
     assert not any("alert('x')</" in script for script in page.scripts)
 
 
@@ -92,13 +108,76 @@ def test_nothing_is_fetched() -> None:
 
 def test_plotly_is_there_once_and_only_with_a_figure() -> None:
     page = Parsed(full_page())
-    assert sum("plotly.js v" in script for script in page.scripts) == 1
-    assert sum("Plotly.newPlot(" in script for script in page.scripts if len(script) < 1e6) == 3
+    packed = [a for a in page.all("script") if a.get("type") == "application/gzip"]
+    assert len(packed) == 1
+    whole = max(page.scripts, key=len)
+    assert b"plotly.js v" in gzip.decompress(base64.b64decode(whole))[:1000]
     ids = [a["id"] for a in page.all("div") if (a.get("id") or "").startswith("figure-")]
     assert ids == ["figure-1", "figure-2", "figure-3"]
     bare = Page("t", sections=[Section("s", ["text"])])
     assert len(bare.html()) < 10_000
     assert not Parsed(bare).scripts
+
+
+def test_figures_are_whole_in_the_page_and_cannot_end_its_scripts() -> None:
+    odd = go.Figure(go.Bar(x=["</script><script>alert(1)</script>", "<!--"], y=[1, 2]))
+    page = Parsed(Page("t", sections=[Section("s", [odd])]))
+    data = [text for text in page.scripts if text.startswith("{")]
+    assert len(data) == 1
+    assert go.Figure(json.loads(data[0])).to_plotly_json() == odd.to_plotly_json()
+    kinds = [a.get("type") for a in page.all("script")]
+    assert kinds == ["application/json", "application/gzip", None]
+
+
+def test_only_scripts_of_these_digests_may_run() -> None:
+    page = Parsed(full_page())
+    policy = next(a["content"] for a in page.all("meta") if a.get("http-equiv")) or ""
+    allowed = policy.split("script-src ")[1].split(";")[0].split()
+    code = [text for text in page.scripts if "DecompressionStream" in text]
+    code.append(gzip.decompress(base64.b64decode(max(page.scripts, key=len))).decode())
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in code]
+    assert allowed == [f"'sha256-{digest}'" for digest in digests]
+    bare = Parsed(Page("t", sections=[Section("s", ["text"])]))
+    policies = [a["content"] or "" for a in bare.all("meta") if a.get("http-equiv")]
+    assert "script-src 'none'" in policies[0]
+
+
+def test_a_figure_says_in_words_what_it_draws() -> None:
+    odd = figure("effect of <b>heads</b> &lt;image&gt;<br>by layer")
+    odd.update_xaxes(title="head").update_yaxes(title="layer")
+    said = described(odd)
+    assert said.startswith("effect of heads <image> by layer. Bars.")
+    assert "Across: head" in said
+    assert "Upwards: layer" in said
+    page = Parsed(Page("t", sections=[Section("s", [odd])]))
+    assert [a.get("aria-label") for a in page.all("div") if a.get("role") == "figure"] == [said]
+
+
+def test_files_are_inside_packed_or_left_out() -> None:
+    def link(data: bytes) -> dict[str, str | None]:
+        return Parsed(Page("", sections=[Section("", [Download("t.csv", data)])])).all("a")[-1]
+
+    short = link(b"a,b\n1,2\n")
+    assert short["download"] == "t.csv"
+    assert base64.b64decode((short["href"] or "").split(",")[1]) == b"a,b\n1,2\n"
+    rows = b"".join(b"%d,1\n" % i for i in range(30_000))
+    long = link(rows)
+    assert long["download"] == "t.csv.gz"
+    assert gzip.decompress(base64.b64decode((long["href"] or "").split(",")[1])) == rows
+    noise = np.random.default_rng(0).bytes(2_000_000)
+    file = Download("t.csv", noise, elsewhere="It is results/t.csv.")
+    page = Parsed(Page("", sections=[Section("", [file])]))
+    assert "is too long for this page. It is results/t.csv." in page.text
+    assert all((a.get("href") or "").startswith("#") for a in page.all("a"))
+
+
+def test_other_blocks_show_their_text() -> None:
+    number = Number(LOUD, "0.25", [LOUD], LOUD, True)
+    blocks = [Row([number]), Folded(LOUD, [Code(LOUD), Facts({LOUD: LOUD})])]
+    page = Parsed(Page("t", sections=[Section("s", blocks)]))
+    assert not page.open
+    assert page.text.count(LOUD) == 3 + 2 + 2
+    assert [a for a in page.all("details") if "open" in a] == []
 
 
 def test_pictures_are_inside_and_small_ones_are_enlarged_crisply() -> None:

@@ -294,3 +294,20 @@ def test_concat_needs_results_of_one_class_with_an_axis() -> None:
         concat([Curve(np.zeros(1))])
     with pytest.raises(TypeError, match="Effects with Curve"):
         concat([effects(), Curve(np.zeros(1))])
+
+
+def test_a_notebook_shows_the_class_its_fields_and_the_head_of_its_table() -> None:
+    @dataclass(frozen=True, eq=False)
+    class Loud(Result):
+        values: Tensor
+        name: str
+
+        def to_dataframe(self) -> pd.DataFrame:
+            return pd.DataFrame({"site": [self.name] * 9, "value": self.values.numpy()})
+
+    shown = Loud(torch.zeros(9), "<script>alert(1)</script>")._repr_html_()
+    assert "<b>Loud</b>" in shown
+    assert "values: float32 [9]" in shown
+    assert "The first 6 of 9 rows." in shown
+    assert "<script" not in shown
+    assert shown.count("&lt;script&gt;") == 1 + 6

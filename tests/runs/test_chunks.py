@@ -23,7 +23,7 @@ CASES = {
     "faithfulness": {"pairs": "shown", "circuit": [CIRCUIT], "n_random": 1},
     "faithfulness_curve": {"pairs": "shown", "scores": {"step": "image"}, "fractions": [0.05]},
     "completeness": {"pairs": "shown", "circuit": CIRCUIT, "n_cuts": 1, "n_random": 1},
-    "minimality": {"pairs": "shown", "circuit": {"step": "image", "n": 5}, "n_random": 1},
+    "minimality": {"pairs": "shown", "circuit": CIRCUIT, "n_random": 1},
     "interchange": {
         "pairs": "shown",
         "text_pairs": "told",
@@ -67,7 +67,12 @@ def part(scene, start, size):
     return Scene(scene.model, sets, scene.result, scene.base)
 
 
-@pytest.mark.parametrize("name", CASES)
+SLOW = ("attribute", "faithfulness_curve", "completeness", "minimality", "interchange")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in CASES]
+)
 def test_parts_join_to_the_whole(scene, name):
     method, options = METHODS[name], checked(scene, name)
     assert method.chunked(options)
