@@ -10,7 +10,6 @@ import pytest
 import mechmm as mm
 from mechmm.data import corruption, shapes
 from mechmm.runs.config import load
-from mechmm.runs.headlines import HeadlineError
 from mechmm.runs.place import ConfigError
 
 CONFIG = """
@@ -71,8 +70,8 @@ def test_a_run_keeps_how_it_was_made(found):
     ("old", "new", "error", "message"),
     [
         ('"blur"', '"blurr"', ConfigError, "pairs.dim.clean.kind: .*did you mean"),
-        ('"paths"', '"to_csv"', ConfigError, r"headlines\[0\].table: .*predictors"),
-        ('"paths"', '"predictors"', HeadlineError, r"\(Knockout\) has no table 'predictors'"),
+        ('"paths"', '"to_csv"', ConfigError, r"headlines\[0\].table: .*paths"),
+        ('"paths"', '"predictors"', ConfigError, "unknown table 'predictors'; use one of .*paths"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path: Path, old, new, error, message):
