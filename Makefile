@@ -11,11 +11,11 @@ PINS := torch==2.13.0 transformers==5.23.0 transformer-lens==4.3.0
 UPGRADE ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint notebooks families docs figures bench lock clean
+.PHONY: help demo test lint notebooks experiments families docs figures bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1|/' \
-		| while IFS='|' read -r name what; do printf '  make %-10s %s\n' "$$name" "$$what"; done
+		| while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
 
 demo: $(INSTALLED) ## a first experiment on the shipped demo model
 	$(BIN)/mechmm demo
@@ -32,6 +32,13 @@ lint: $(INSTALLED) ## style, formatting, types and the import arrows
 notebooks: $(INSTALLED) ## run every notebook, leaving the files as they are
 	@set -e; for notebook in $(wildcard notebooks/*.ipynb); do \
 		echo "$$notebook"; $(BIN)/jupyter-execute --kernel_name=python3 "$$notebook"; done
+
+experiments: $(INSTALLED) ## run every experiment again on the demo model and compare with what is committed
+	@rm -rf build/experiments; failed=; \
+	for run in $(wildcard experiments/*/run.py); do \
+		name=$$(basename $$(dirname $$run)); echo "$$name"; \
+		$(BIN)/python $$run --check --out build/experiments/$$name || failed=1; \
+	done; test -z "$$failed"
 
 families: $(INSTALLED) ## make docs/families.md from the rows
 	$(BIN)/python -c "from mechmm.runs.families import families_page; print(families_page(), end='')" \

@@ -108,6 +108,12 @@ class Faithfulness(Result):
         table = self.curve(null)
         return _area(table["fraction"], (1 - table["faithfulness"]).abs())
 
+    def areas(self) -> pd.DataFrame:
+        """CPR and CMD of the circuits, and of the random ones (`null`) where there are any."""
+        nulls = sorted(self.circuits["null"].unique().tolist())
+        rows = [(null, self.cpr(null), self.cmd(null)) for null in nulls]
+        return pd.DataFrame(rows, columns=["null", "cpr", "cmd"])
+
     # Figures ---------------------------------------------------------------------------------
 
     def plot(self) -> dict[str, Figure]:

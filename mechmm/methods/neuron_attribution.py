@@ -76,7 +76,8 @@ class NeuronAttribution(Result):
         random: columns of the random sets, one set per row [draw, top].
         base: the metric of the clean prompts [example]; ablated: without the chosen neurons
             [example]; nulls: without each random set [draw, example].
-        words: that each chosen neuron writes directly; empty in a vision tower.
+        words: that each chosen neuron writes directly; random_words: those of each random set
+            [draw, top]; both empty in a vision tower. answers: of all pairs, each word once.
         places: where the chosen neurons are most active in the clean prompts: layer, neuron,
             activation, example, position, picture (a number in `pictures`, -1: none) and the box
             of the patch in pixels. pictures: of these places.
@@ -92,6 +93,8 @@ class NeuronAttribution(Result):
     ablated: Float[Tensor, " example"] = field(metadata={"axis": 0})
     nulls: Float[Tensor, "draw example"] = field(metadata={"axis": 1})
     words: tuple[str, ...]
+    random_words: tuple[tuple[str, ...], ...]
+    answers: tuple[str, ...]
     places: pd.DataFrame
     pictures: tuple[Image.Image, ...]
     tower: str
@@ -123,7 +126,24 @@ class NeuronAttribution(Result):
         low, high = bootstrap_interval(changes)
         names = ["top", *(f"random {number}" for number in range(1, len(self.nulls) + 1))]
         columns = {"change": changes.mean(1).numpy(), "low": low.numpy(), "high": high.numpy()}
-        return pd.DataFrame({"neurons": names, **columns})
+        null = [name != "top" for name in names]
+        return pd.DataFrame({"neurons": names, **columns, "null": null})
+
+    def decoded(self) -> pd.DataFrame:
+        """One row per set of neurons, the chosen one first: the share of its neurons that have an
+        answer of some pair among their words, beside the mean share of the random sets. None in a
+        vision tower."""
+        rows = [
+            ("top" if number == 0 else f"random {number}", self._tell(words), number > 0)
+            for number, words in enumerate((self.words, *self.random_words))
+            if words
+        ]
+        table = pd.DataFrame(rows, columns=["neurons", "share", "null"])
+        return table.assign(random_mean=table.loc[table["null"], "share"].mean())
+
+    def _tell(self, words: Sequence[str]) -> float:
+        """The share of some neurons that write an answer."""
+        return float(np.mean([not set(self.answers).isdisjoint(own.split()) for own in words]))
 
     def sheet(self, rank: int = 0) -> Image.Image:
         """The pictures in which a chosen neuron is most active, its patch in a frame.
@@ -157,7 +177,7 @@ class NeuronAttribution(Result):
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: the figures and both tables."""
-        contents = [*self.plot().values(), self.effects(), self.to_dataframe()]
+        contents = [*self.plot().values(), self.effects(), self.decoded(), self.to_dataframe()]
         shown = [
             Captioned(self.sheet(rank), f"m{layer}.n{neuron}, most active on the left")
             for rank, (layer, neuron) in enumerate(self.neurons.iloc[list(self.top)].to_numpy())
@@ -274,6 +294,7 @@ def neuron_attribution(
     ablated = _Ablated.of(model, pairs, units, table, sets, span, ablation, batch_size)
     every = Cells(model, pairs, len(sets), ablated.changes, metric, batch_size, tokens)
     found = every.run(report)
+    told = _words(model, table, sets) if tower == LANGUAGE else ((),)
     chosen_ones = _sites(model, table.iloc[best], tower, span)
     places, pictures = _shown(model, pairs, chosen_ones, n_places, batch_size)
     return NeuronAttribution(
@@ -285,7 +306,9 @@ def neuron_attribution(
         base=found.base,
         ablated=found.values[0],
         nulls=found.values[1:],
-        words=_words(model, table.iloc[best]) if tower == LANGUAGE else (),
+        words=told[0],
+        random_words=told[1:],
+        answers=tuple(sorted({pair.answer.strip() for pair in pairs})),
         places=places,
         pictures=pictures,
         tower=tower,
@@ -377,14 +400,17 @@ def _alike(
     return draws
 
 
-def _words(model: HookedMultimodal, table: pd.DataFrame) -> tuple[str, ...]:
-    """The words with the largest logits W_U W_out[k] of some neurons."""
-    tower = model.towers[LANGUAGE]
-    linears = [(tower.linear(row.layer, "mlp_out"), row.neuron) for row in table.itertuples()]
+def _words(
+    model: HookedMultimodal, table: pd.DataFrame, sets: Sequence[Sequence[int]]
+) -> tuple[tuple[str, ...], ...]:
+    """The words with the largest logits W_U W_out[k] of every neuron of some sets."""
+    tower, every = model.towers[LANGUAGE], table.iloc[[n for own in sets for n in own]]
+    linears = [(tower.linear(row.layer, "mlp_out"), row.neuron) for row in every.itertuples()]
     rows = [linear.weight[:, neuron] for linear, neuron in linears]  # type: ignore[union-attr]
     _, ids = nearest(torch.stack(rows).detach(), tower.W_U.detach().T, WORDS)
-    said = (model.to_string(row[:, None]) for row in ids.cpu())
-    return tuple(" ".join(word.strip() for word in row) for row in said)
+    said = [model.to_string(row[:, None]) for row in ids.cpu()]
+    told = iter([" ".join(word.strip() for word in row) for row in said])
+    return tuple(tuple(next(told) for _ in own) for own in sets)
 
 
 def _sites(model: HookedMultimodal, table: pd.DataFrame, tower: str, span: str) -> Sites:

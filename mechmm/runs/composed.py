@@ -19,6 +19,7 @@ from mechmm.engine.sites import named
 from mechmm.engine.source import Source
 from mechmm.engine.sweep import Report
 from mechmm.engine.train_sae import train_sae
+from mechmm.methods.attribution import attribute
 from mechmm.methods.checkpoints import OverCheckpoints
 from mechmm.methods.checkpoints import over_checkpoints as on_each
 from mechmm.methods.dictionary import Dictionary
@@ -33,6 +34,7 @@ from mechmm.model.hooked import HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.circuit import Circuit
 from mechmm.results.result import Result
+from mechmm.results.statistics import bootstrap_interval
 
 
 def mediation(
@@ -224,3 +226,60 @@ def overlap(
 ) -> Overlap:
     """`Circuit.overlap` as a step: intersection over union of two circuits, beside random ones."""
     return Overlap(circuit.overlap(other_circuit, n_random, seed))
+
+
+def rediscovery(
+    model: HookedMultimodal,
+    pairs: PairDataset,
+    circuit: Circuit,
+    *,
+    fraction: float,
+    method: str = "eap-ig-inputs",
+    steps: int = 5,
+    metric: Metric = logit_diff,
+    target: str = "corrupt",
+    n_random: int = 100,
+    batch_size: int = 16,
+    seed: int = 0,
+) -> Overlap:
+    """The circuit that a model's own scores give (`mm.attribute`), beside another one: of another
+    checkpoint, for example. Arguments and errors as of `attribute` and `Circuit.overlap`."""
+    rest: dict[str, Any] = {"metric": metric, "target": target, "batch_size": batch_size}
+    rest |= {"method": method, "steps": steps, "seed": seed, "spans": circuit.graph.spans[:-1]}
+    own = attribute(model, pairs, **rest).circuit(fraction=fraction)
+    return overlap(model, own, circuit, n_random=n_random, seed=seed)
+
+
+def chosen_circuit(model: HookedMultimodal, circuit: Circuit) -> Circuit:
+    """A circuit as a step, so that headlines can count its edges."""
+    return circuit
+
+
+@dataclass(frozen=True, eq=False)
+class Answers(Result):
+    """What a model makes of some pairs.
+
+    Attributes:
+        table: of `PairDataset.check`: per pair what is said after both prompts, and whether it is
+            right and flips.
+    """
+
+    table: pd.DataFrame
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per pair."""
+        return self.table
+
+    def plot(self) -> dict[str, Figure]:
+        """Shares of pairs that are answered rightly, and that flip."""
+        names = ["clean_right", "flips"]
+        found = self.table[names].to_numpy(float).T
+        low, high = bootstrap_interval(found)
+        title = f"answers to {len(self.table)} pairs"
+        means = found.mean(1)
+        return {"answers": plots.bars(names, means, low, high, title, value_title="share")}
+
+
+def answers(model: HookedMultimodal, pairs: PairDataset, *, batch_size: int = 32) -> Answers:
+    """`PairDataset.check` as a step: is the clean prompt answered rightly, does the pair flip?"""
+    return Answers(pairs.check(model, batch_size))

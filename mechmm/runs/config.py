@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
 from mechmm.runs.engines import ENGINES, Engine
 from mechmm.runs.expectation import Expectation
@@ -53,6 +54,7 @@ class PairSet:
 
     Attributes:
         make: name of a maker, with `options`; or `folder`, written by `PairDataset.save`.
+        clean: a distortion of the pictures of the clean prompts, or None.
         keep: `flips`, `right` or `all`.
         corrupt: a corruption of the pictures that makes the corrupt prompts, or None.
         sha256: of the pairs' content; the run is refused where it differs.
@@ -63,6 +65,7 @@ class PairSet:
     folder: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     keep: str = "all"
+    clean: Mapping[str, Any] | None = None
     corrupt: Mapping[str, Any] | None = None
     sha256: str | None = None
 
@@ -81,9 +84,11 @@ class Headline:
     """One number read off the table of a step.
 
     Attributes:
-        column, where: of the rows whose columns have these values.
+        column, where: of the rows whose columns have these values, or of numbers fit a comparison
+            such as `>= 0.85`.
+        table: of the step's result; the default is the one that every result has.
         minus: another column, which is subtracted row by row.
-        statistic: of the rows. low, high: columns that hold the interval of a single row.
+        statistic: of the rows. low, high: columns that hold the interval of a single row; "": none.
         expect: the prediction, for example `<= 0.35` or `in [0.2, 0.4]`.
     """
 
@@ -95,6 +100,7 @@ class Headline:
     statistic: str = "mean"
     low: str = "low"
     high: str = "high"
+    table: str = tables.MAIN
     expect: str | None = None
 
 
@@ -193,6 +199,7 @@ def parse(
 
 
 _TABLES = ("model", "pairs", "steps", "headlines", "engine")
+_OWN = ("make", "folder", "keep", "clean", "corrupt", "sha256")
 
 
 def _model(raw: Mapping[str, Any], place: Place, base: Path) -> Model:
@@ -219,15 +226,15 @@ def _set(name: str, value: Any, place: Place, base: Path, seed: int) -> PairSet:
         raise place.error(f"must be a table such as [pairs.{name}], not {value!r}")
     if ("make" in value) == ("folder" in value):
         raise place.error("give one of `make` and `folder`")
-    own = {k: v for k, v in value.items() if k in ("make", "folder", "keep", "corrupt", "sha256")}
+    own = {k: v for k, v in value.items() if k in _OWN}
     options = {k: v for k, v in value.items() if k not in own}
-    corrupt = own.get("corrupt")
-    if corrupt is not None:
-        own["corrupt"] = check_corruption(corrupt, place.at("corrupt"))
+    for side in ("clean", "corrupt"):
+        if own.get(side) is not None:
+            own[side] = check_corruption(own[side], place.at(side))
     found = _section(PairSet, {**own, "name": name, "options": {}}, place)
     place.at("keep").choice(found.keep, KEEP, "keep")
     if found.make is None:
-        place.only(options, ("folder", "keep", "corrupt", "sha256"))
+        place.only(options, _OWN[1:])
         return PairSet(**{**_shallow(found), "folder": local(str(found.folder), base)})
     place.at("make").choice(found.make, MAKERS, "maker")
     checked = check_options(found.make, {"seed": seed, **options}, place)
@@ -261,7 +268,9 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
     for number, row in enumerate(_rows(raw, "headlines", place)):
         at = place.at("headlines").at(number)
         one = _section(Headline, row, at)
-        at.at("step").choice(one.step, [step.name for step in steps], "step")
+        methods = {step.name: METHODS[step.method] for step in steps}
+        method = methods[at.at("step").choice(one.step, list(methods), "step")]
+        at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
         if one.expect is not None:
             try:
@@ -339,5 +348,5 @@ def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_dict(one: PairSet) -> dict[str, Any]:
-    own = {key: getattr(one, key) for key in ("make", "folder", "keep", "corrupt", "sha256")}
+    own = {key: getattr(one, key) for key in _OWN}
     return {**_without_none(own), **one.options}

@@ -62,7 +62,7 @@ def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if table.index.name is not None:
         table = table.reset_index()
     wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
-    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high")]
+    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high", "")]
     for name in wanted:
         if name not in table.columns:
             there = ", ".join(map(str, table.columns))
@@ -74,7 +74,7 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     table = check_columns(headline, table)
     keep = pd.Series(True, index=table.index)
     for name, value in headline.where.items():
-        fits = (table[name] == value).fillna(False).astype(bool)
+        fits = _fits(table[name], value)
         if not fits.any():
             known = ", ".join(map(repr, table[name].dropna().unique()[:20].tolist()))
             raise _error(headline, f"has no row with {name} = {value!r}; there is {known}")
@@ -82,6 +82,20 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     if not keep.any():
         raise _error(headline, f"has no row that fits all of {dict(headline.where)}")
     return table[keep]
+
+
+def _fits(column: pd.Series, value: Any) -> pd.Series:
+    """Which rows have a value; numbers may be compared with one in words."""
+    if isinstance(value, str) and pd.api.types.is_numeric_dtype(column):
+        try:
+            expected = Expectation.read(value)
+        except ValueError:
+            return pd.Series(False, index=column.index)
+        numbers = column.to_numpy(dtype=float, na_value=np.nan)
+        return pd.Series(
+            [expected.agrees(number) for number in numbers.tolist()], index=column.index
+        )
+    return (column == value).fillna(False).astype(bool)
 
 
 def _numbers(headline: Headline, rows: pd.DataFrame) -> np.ndarray:
@@ -101,7 +115,7 @@ def _statistic(name: str, values: np.ndarray) -> float:
 
 def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tuple[float, float]:
     statistic = headline.statistic
-    if statistic == "count":
+    if statistic in ("count", "max", "min"):
         return math.nan, math.nan
     if len(values) == 1:
         return _own(headline, rows, headline.low), _own(headline, rows, headline.high)
@@ -116,7 +130,9 @@ def _interval(headline: Headline, rows: pd.DataFrame, values: np.ndarray) -> tup
 
 
 def _own(headline: Headline, rows: pd.DataFrame, column: str) -> float:
-    """What a single row says of its interval, less what is subtracted."""
+    """What a single row says of its interval, less what is subtracted; NaN for no column at all."""
+    if column == "":
+        return math.nan
     if column not in rows.columns:
         return math.nan
     less = 0.0 if headline.minus is None else float(rows[headline.minus].iloc[0])

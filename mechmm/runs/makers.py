@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def made(make: str, options: Mapping[str, Any], model: HookedMultimodal) -> Pair
 def loaded(folder: Path, model: HookedMultimodal) -> PairDataset:
     """The pairs of a folder."""
     return PairDataset.load(folder, model)
+
+
+def distorted(pairs: PairDataset, value: Any, scene: Scene) -> PairDataset:
+    """The same pairs with distorted pictures in the clean prompts."""
+    change = Distortion().make(value, scene)
+    return PairDataset([replace(pair, clean=change(pair.clean)) for pair in pairs], scene.model)
 
 
 def corrupted(pairs: PairDataset, value: Any, scene: Scene) -> PairDataset:

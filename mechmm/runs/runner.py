@@ -30,7 +30,7 @@ from mechmm.model.hooked import HookedMultimodal
 from mechmm.results.result import Result, concat
 from mechmm.results.store import write_whole
 from mechmm.runs import headlines as heads
-from mechmm.runs import makers, manifest
+from mechmm.runs import makers, manifest, tables
 from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, PairSet, Step
 from mechmm.runs.config import load as load_config
@@ -289,10 +289,8 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
-        if own:
-            table = found.to_dataframe()
-            for headline in own:
-                heads.check_columns(headline, table)
+        for headline in own:
+            heads.check_columns(headline, tables.read(found, headline.table))
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -338,11 +336,9 @@ class _Job:
     def _finish(self) -> Run:
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        tables = {
-            name: self._result(name).to_dataframe()
-            for name in {headline.step for headline in self.config.headlines}
-        }
-        found = [heads.measured(one, tables[one.step]) for one in self.config.headlines]
+        wanted = {(headline.step, headline.table) for headline in self.config.headlines}
+        read = {key: tables.read(self._result(key[0]), key[1]) for key in wanted}
+        found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         write_page(self.out)
@@ -411,8 +407,11 @@ def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
             pairs = makers.loaded(config.base / one.folder, model)
         else:
             pairs = makers.made(str(one.make), one.options, model)
+        scene = Scene(model, {}, _nothing, config.base)
+        if one.clean is not None:
+            pairs = makers.distorted(pairs, one.clean, scene)
         if one.corrupt is not None:
-            pairs = makers.corrupted(pairs, one.corrupt, Scene(model, {}, _nothing, config.base))
+            pairs = makers.corrupted(pairs, one.corrupt, scene)
         pairs = makers.kept(pairs, one.keep, one.name)
     except PairError as error:
         raise PairError(f"pairs.{one.name}: {error}") from error

@@ -125,6 +125,24 @@ def test_words_are_the_largest_direct_logits(demo, found):
     assert row.words == " ".join(word.strip() for word in top)
 
 
+def test_neurons_that_write_an_answer_are_counted_beside_random_ones(demo, found):
+    """Each word of every set is compared with the answers of the pairs, by hand."""
+    tower, answers = demo.towers["language"], set(found.answers)
+    shares = []
+    for own in (found.top, *found.random):
+        rows = [
+            tower.weight("W_out", int(layer))[neuron] @ tower.W_U
+            for layer, neuron in found.neurons.iloc[list(own)].to_numpy()
+        ]
+        top = torch.stack(rows).topk(5).indices
+        said = [{word.strip() for word in demo.to_string(row[:, None])} for row in top]
+        shares.append(np.mean([bool(words & answers) for words in said]))
+    table = found.decoded()
+    assert table["share"].tolist() == pytest.approx(shares)
+    assert table["null"].tolist() == [False] + [True] * len(found.random)
+    assert table["random_mean"][0] == pytest.approx(np.mean(shares[1:]))
+
+
 def test_mean_ablation_keeps_more_than_nothing_to_ablate(demo, same):
     """A neuron whose activation is its mean everywhere changes nothing: one pair, twice."""
     alone = mm.PairDataset([same[0]] * 4, demo)

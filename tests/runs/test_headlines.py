@@ -46,10 +46,20 @@ def test_several_rows_are_resampled():
     assert (middle["value"], middle["low"], middle["high"]) == (0.3, 0.1, 0.8)
 
 
+def test_rows_are_selected_by_comparisons():
+    """A missing number fits none."""
+    assert read(where={"layer": ">= 1"})["n"] == 2
+    assert read(where={"span": "a", "low": "in [0.1, 0.7]"}, statistic="min")["value"] == 0.3
+    with pytest.raises(HeadlineError, match="no row with layer = '> 2'"):
+        read(where={"layer": "> 2"})
+
+
 @pytest.mark.parametrize(("statistic", "value"), [("max", 0.8), ("min", 0.1), ("count", 3.0)])
 def test_extremes_and_counts_have_no_interval(statistic, value):
     found = read(where={"span": "a"}, statistic=statistic)
     assert (found["value"], found["low"], found["high"]) == (value, None, None)
+    one = read(where={"span": "b"}, statistic=statistic)
+    assert (one["low"], one["high"]) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""What every `experiments/NAME/run.py` does: run a config, print its headlines, bring the README
+up to date.
+
+An experiment's folder holds `configs/`, a README with a table of headlines between two marks, a
+figure, and in `results/` the run of `configs/demo.toml`. Figures' JSON and the report of that run
+are not kept in the repository (`.gitignore`): every number is in the rest.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+from plotly.graph_objects import Figure
+
+from mechmm.results.plots import save_png
+from mechmm.results.store import write_whole
+from mechmm.runs.command import show
+from mechmm.runs.folder import HEADLINES, MANIFEST, Run
+from mechmm.runs.manifest import digest
+from mechmm.runs.runner import run
+
+Drawer: TypeAlias = Callable[[Run], Figure | Mapping[str, Figure]]
+BEGIN, END = "<!-- headlines -->", "<!-- end of headlines -->"
+DEMO = "demo"
+RELATIVE = 1e-4
+"""Of a headline or 1, whichever is larger: how far it may be from the committed one."""
+
+
+def experiment(
+    folder: str | Path,
+    figure: Drawer | None = None,
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run an experiment from the command line; the exit code.
+
+    Args:
+        folder: of the experiment.
+        figure: draws `figure.png` of a run, or several figures by the names of their files.
+        arguments: of the command line; None: the process's own.
+    """
+    folder, options = Path(folder), _parser().parse_args(arguments)
+    path = folder / "configs" / f"{options.config}.toml"
+    path = path if path.is_file() else Path(options.config)
+    try:
+        if options.out is not None:
+            found = run(path, options.out)
+        elif options.config == DEMO:
+            found = renewed(folder, path)
+            update(folder, found, figure)
+        else:
+            raise ValueError("give --out and a new folder: results/ is for the demo config")
+        show(found)
+        print(f"id: {run_id(found)}")
+        return _compared(folder, found) if options.check else 0
+    except (ValueError, OSError) as error:
+        print(f"{folder.name}: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(description="Run an experiment.")
+    parser.add_argument(
+        "config", nargs="?", default=DEMO, help="a file of configs/ without .toml, or a path"
+    )
+    parser.add_argument("--out", help="a new folder for the run; default: results/ (demo only)")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with results/; exit code 1 if they differ"
+    )
+    return parser
+
+
+def renewed(folder: Path, config: Path) -> Run:
+    """Run a config into `results/`; what was there is replaced when all is done."""
+    near, old = folder / "results.partial", folder / "results"
+    shutil.rmtree(near, ignore_errors=True)
+    run(config, near)
+    shutil.rmtree(old, ignore_errors=True)
+    near.rename(old)
+    return Run.open(old)
+
+
+def run_id(found: Run) -> str:
+    """Name and first eight digits of the manifest's SHA-256."""
+    return f"{found.manifest['name']}-{digest(found.folder / MANIFEST)[:8]}"
+
+
+# README --------------------------------------------------------------------------------------
+
+
+def update(folder: Path, found: Run, figure: Drawer | None = None) -> None:
+    """Write a run's headlines into the README, and draw the figures where kaleido is there.
+
+    Raises:
+        ValueError: a README without the two marks.
+    """
+    readme = folder / "README.md"
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(
+            f"{readme} has no table to bring up to date; put {BEGIN} and {END} into it"
+        )
+    head, tail = text.split(BEGIN)[0], text.split(END)[-1]
+    table = headline_table(found.headlines)
+    write_whole(readme, f"{head}{BEGIN}\n{table}\n{END}{tail}".encode())
+    if figure is None:
+        return
+    drawn = figure(found)
+    try:
+        for name, each in (drawn if isinstance(drawn, Mapping) else {"figure": drawn}).items():
+            save_png(each, folder / f"{name}.png", scale=1.5)
+    except RuntimeError as error:
+        print(f"figures stay as they are: {error}", file=sys.stderr)
+
+
+def headline_table(headlines: pd.DataFrame) -> str:
+    """Headlines as a Markdown table: value with its 95 % interval, expectation, verdict."""
+    lines = ["| headline | value | expected | agrees |", "|---|---|---|---|"]
+    for row in headlines.to_dict("records"):
+        expect = "" if pd.isna(row["expect"]) else f"`{row['expect']}`"
+        agrees = {True: "yes", False: "**no**"}.get(row["agrees"], "")
+        lines.append(f"| {row['name']} | {_value(row)} | {expect} | {agrees} |")
+    return "\n".join(lines)
+
+
+def _value(row: Mapping[Any, Any]) -> str:
+    value = _number(row["value"])
+    if pd.isna(row["low"]) or pd.isna(row["high"]):
+        return value
+    return f"{value} [{_number(row['low'])}, {_number(row['high'])}]"
+
+
+def _number(value: float) -> str:
+    return f"{value + 0.0:.2f}".replace("-0.00", "0.00") if abs(value) < 1e4 else f"{value:.3g}"
+
+
+# Comparison ----------------------------------------------------------------------------------
+
+
+def _compared(folder: Path, found: Run) -> int:
+    """Print the headlines that are not the committed ones; the exit code."""
+    old = Run.open(folder / "results")
+    apart = differing(old.headlines, found.headlines)
+    if len(apart):
+        print(f"differs from {folder / 'results' / HEADLINES}:\n{apart.to_string(index=False)}")
+        return 1
+    print(f"agrees with {folder / 'results' / HEADLINES}")
+    return 0
+
+
+def differing(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
+    """Headlines that are missing in one, or farther apart than `RELATIVE`."""
+    both = old.merge(new, on="name", how="outer", suffixes=("_old", "_new"))
+    a, b = both["value_old"].astype(float), both["value_new"].astype(float)
+    near = (a - b).abs() <= RELATIVE * a.abs().clip(lower=1)
+    return both.loc[~near, ["name", "value_old", "value_new"]]
