@@ -21,8 +21,9 @@ from plotly.graph_objects import Figure
 from mechmm.results.plots import save_png
 from mechmm.results.store import write_whole
 from mechmm.runs.command import show
-from mechmm.runs.folder import HEADLINES, MANIFEST, Run
+from mechmm.runs.folder import Run
 from mechmm.runs.manifest import digest
+from mechmm.runs.paths import HEADLINES, MANIFEST
 from mechmm.runs.runner import run
 
 Drawer: TypeAlias = Callable[[Run], Figure | Mapping[str, Figure]]

@@ -8,7 +8,8 @@ import pytest
 
 from mechmm.runs.config import load
 from mechmm.runs.experiment import BEGIN, END, differing, experiment, headline_table
-from mechmm.runs.folder import GIVEN, Run
+from mechmm.runs.folder import Run
+from mechmm.runs.paths import GIVEN
 from mechmm.runs.runner import run
 
 ROOT = Path(__file__).parents[2] / "experiments"
