@@ -157,10 +157,11 @@ class Earlier:
     """The result of an earlier step: `{ step = "eap" }`.
 
     Attributes:
-        methods: that it may come from.
+        methods: that it may come from. read: what of it is taken, by name; "": all.
     """
 
     methods: tuple[str, ...]
+    read: str = ""
 
     def check(self, value: Any, place: Place, known: Known) -> Any:
         value = table_of(value, place, '{ step = "..." }')
@@ -169,7 +170,8 @@ class Earlier:
         return dict(value)
 
     def make(self, value: Any, scene: Scene) -> Any:
-        return scene.result(value["step"])
+        found = scene.result(value["step"])
+        return getattr(found, self.read)() if self.read else found
 
     def step(self, value: Mapping[str, Any], place: Place, known: Known) -> str:
         """The name of the step, which exists, comes earlier, and gives the right thing."""

@@ -187,6 +187,7 @@ class Workers:
                 since = time.monotonic()
             if not any(n is not None for _, n in self.busy.values()) and not self.idle:
                 self._check_patience(since)
+        report(1000 * count, 1000 * count)
 
     def _earlier(self, name: str, scene: Scene) -> Any:
         """An earlier step's result, once in Ray's store."""

@@ -31,17 +31,12 @@ n = 2
 [[steps]]
 name = "patched"
 method = "patch"
-sites = { kind = "residual", spans = ["last"], layers = [1, 2] }
-n_null = 1
-[[steps]]
-name = "objects"
-method = "ablate_tokens"
-spans = ["object"]
+sites = { kind = "residual", spans = ["last"], layers = [1] }
+n_null = 0
 [[headlines]]
-name = "without the object"
-step = "objects"
-column = "value"
-where = { span = "object" }
+name = "effect"
+step = "patched"
+column = "effect"
 [engine]
 chunk = 1
 """
@@ -78,7 +73,7 @@ def test_an_archive_with_weights_gives_the_same_numbers_anywhere(first, tmp_path
     assert found.relative == 0
     assert found.agrees
     assert found.difference.same
-    assert len(found.difference.values) > 20
+    assert len(found.difference.values) > 10
     assert not len(found.difference.versions)
     assert verify(tmp_path / "again").ok
 
