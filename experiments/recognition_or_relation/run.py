@@ -18,15 +18,18 @@ KINDS = {
 
 
 def draw(run: Run) -> Figure:
-    """The dissociation table: what closing each way takes from every kind of question."""
-    names, rows = [], []
+    """The dissociation table: what closing each way of the changed thing takes, by kind."""
+    names, rows, ends = [], [], []
     for kind, what in KINDS.items():
-        table = run.table(kind)
+        table = run.table(f"margin_{kind}")
         for way, row in zip(("direct", "mediated", "both"), table.to_dict("records"), strict=True):
             names.append(f"{what}, {kind}: {way}")
             rows.append([row[name] for name in ("effect", "low", "high")])
+            ends += [row["null_low"], row["null_high"]]
     value, low, high = zip(*rows, strict=True)
-    return bars(names, value, low, high, "ways from the picture closed: share of accuracy lost")
+    title = "ways of the changed thing closed: share of the logit difference lost"
+    null = min(ends), max(ends)
+    return bars(names, value, low, high, title, null=null, null_title="random patches")
 
 
 if __name__ == "__main__":

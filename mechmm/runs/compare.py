@@ -22,23 +22,28 @@ UNEQUAL = math.inf
 """The relative difference of what no number can tell apart: texts, shapes, presence."""
 
 
-def values(first: Path, second: Path) -> pd.DataFrame:
-    """One row per field of every result and column of every table, as in `Difference`."""
+def values(first: Path, second: Path, *, partial: bool = False) -> pd.DataFrame:
+    """One row per field of every result and column of every table, as in `Difference`; where
+    partial, of those alone that the first still has."""
     rows = []
-    steps = [sorted(p.name for p in (f / RESULTS).glob("*") if p.is_dir()) for f in (first, second)]
+    steps = [_steps(folder) for folder in (first, second)]
     for step in dict.fromkeys((*steps[0], *steps[1])):
         found = [_step(folder, step) for folder in (first, second)]
-        for name in dict.fromkeys((*found[0], *found[1])):
+        for name in found[0] if partial else dict.fromkeys((*found[0], *found[1])):
             rows.append({"step": step, "field": name, **compare(*(f.get(name) for f in found))})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
+def _steps(folder: Path) -> list[str]:
+    """Steps with a result or a table."""
+    paths = [p for p in (folder / RESULTS).glob("*") if p.is_dir() or p.suffix == ".csv"]
+    return sorted({p.stem for p in paths})
+
+
 def _step(folder: Path, step: str) -> dict[str, Leaf]:
     """A result's fields, and the columns of its table."""
-    if not (folder / RESULTS / step).is_dir():
-        return {}
-    found = leaves(folder / RESULTS / step)
-    path = folder / RESULTS / f"{step}.csv"
+    place, path = folder / RESULTS / step, folder / RESULTS / f"{step}.csv"
+    found = leaves(place) if place.is_dir() else {}
     if path.is_file():
         try:
             table = pd.read_csv(path, keep_default_na=False, na_values=[""])

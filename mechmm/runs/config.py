@@ -16,7 +16,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from mechmm.runs import tables
 from mechmm.runs.arguments import Known, local
-from mechmm.runs.engines import ENGINES, Engine
+from mechmm.runs.engines import ENGINES, LEAST, Engine
 from mechmm.runs.expectation import Expectation
 from mechmm.runs.hints import MisfitError, cast
 from mechmm.runs.lines import lines_of
@@ -285,10 +285,11 @@ def _engine(raw: Mapping[str, Any], place: Place) -> Engine:
     at = place.at("engine")
     found = _section(Engine, raw.get("engine", {}), at)
     at.at("name").choice(found.name, ENGINES, "engine")
-    try:
-        found.check()
-    except ValueError as error:
-        raise at.error(str(error)) from None
+    for key, low in LEAST.items():
+        if getattr(found, key) < low:
+            raise at.at(key).error(f"must be {low} or more, not {getattr(found, key)}")
+    if found.name == "local" and found.elsewhere:
+        raise at.error('workers, cpus, gpus and address are for name = "ray"; this run is local')
     return found
 
 

@@ -58,8 +58,11 @@ class Difference:
         return {"same": self.same, **tables}
 
 
-def diff(first: str | Path, second: str | Path) -> Difference:
+def diff(first: str | Path, second: str | Path, *, partial: bool = False) -> Difference:
     """Compare two runs' folders, number by number.
+
+    Args:
+        partial: compare of the results only what the first folder still has.
 
     Raises:
         FileNotFoundError: one is no run.
@@ -78,7 +81,7 @@ def diff(first: str | Path, second: str | Path) -> Difference:
     return Difference(
         _unequal(*settings),
         _unequal(*ran),
-        values(one, other),
+        values(one, other, partial=partial),
         _headlines(*heads),
     )
 

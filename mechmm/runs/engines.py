@@ -35,21 +35,14 @@ class Engine:
     address: str | None = None
     retries: int = 3
 
-    def check(self) -> None:
-        """Refuse settings that cannot be.
+    @property
+    def elsewhere(self) -> bool:
+        """Whether anything is set that only workers have."""
+        return (self.workers, self.cpus, self.gpus, self.address) != (1, 1, 0, None)
 
-        Raises:
-            ValueError: with the setting.
-        """
-        least = {"chunk": 1, "tokens": 1, "workers": 1, "cpus": 0, "gpus": 0, "retries": 0}
-        for key, low in least.items():
-            if getattr(self, key) < low:
-                raise ValueError(f"`{key}` must be {low} or more, not {getattr(self, key)}")
-        given = (self.workers, self.cpus, self.gpus, self.address)
-        if self.name == "local" and given != (1, 1, 0, None):
-            raise ValueError(
-                'workers, cpus, gpus and address are for name = "ray"; this run is local'
-            )
+
+LEAST = {"chunk": 1, "tokens": 1, "workers": 1, "cpus": 0, "gpus": 0, "retries": 0}
+"""The least value of every number."""
 
 
 def check_ray() -> None:

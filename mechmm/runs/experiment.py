@@ -23,14 +23,12 @@ from mechmm.results.store import write_whole
 from mechmm.runs.command import show
 from mechmm.runs.folder import Run
 from mechmm.runs.manifest import digest
-from mechmm.runs.paths import HEADLINES, MANIFEST
+from mechmm.runs.paths import MANIFEST
 from mechmm.runs.runner import run
 
 Drawer: TypeAlias = Callable[[Run], Figure | Mapping[str, Figure]]
 BEGIN, END = "<!-- headlines -->", "<!-- end of headlines -->"
 DEMO = "demo"
-RELATIVE = 1e-4
-"""Of a headline or 1, whichever is larger: how far it may be from the committed one."""
 
 
 def experiment(
@@ -58,7 +56,7 @@ def experiment(
             raise ValueError("give --out and a new folder: results/ is for the demo config")
         show(found)
         print(f"id: {run_id(found)}")
-        return _compared(folder, found) if options.check else 0
+        return 0
     except (ValueError, OSError) as error:
         print(f"{folder.name}: {error}", file=sys.stderr)
         return 1
@@ -70,9 +68,6 @@ def _parser() -> ArgumentParser:
         "config", nargs="?", default=DEMO, help="a file of configs/ without .toml, or a path"
     )
     parser.add_argument("--out", help="a new folder for the run; default: results/ (demo only)")
-    parser.add_argument(
-        "--check", action="store_true", help="compare with results/; exit code 1 if they differ"
-    )
     return parser
 
 
@@ -138,25 +133,3 @@ def _value(row: Mapping[Any, Any]) -> str:
 
 def _number(value: float) -> str:
     return f"{value + 0.0:.2f}".replace("-0.00", "0.00") if abs(value) < 1e4 else f"{value:.3g}"
-
-
-# Comparison ----------------------------------------------------------------------------------
-
-
-def _compared(folder: Path, found: Run) -> int:
-    """Print the headlines that are not the committed ones; the exit code."""
-    old = Run.open(folder / "results")
-    apart = differing(old.headlines, found.headlines)
-    if len(apart):
-        print(f"differs from {folder / 'results' / HEADLINES}:\n{apart.to_string(index=False)}")
-        return 1
-    print(f"agrees with {folder / 'results' / HEADLINES}")
-    return 0
-
-
-def differing(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """Headlines that are missing in one, or farther apart than `RELATIVE`."""
-    both = old.merge(new, on="name", how="outer", suffixes=("_old", "_new"))
-    a, b = both["value_old"].astype(float), both["value_new"].astype(float)
-    near = (a - b).abs() <= RELATIVE * a.abs().clip(lower=1)
-    return both.loc[~near, ["name", "value_old", "value_new"]]

@@ -5,6 +5,10 @@ name, in `weights/` or where it is said to lie, and refused unless its files hav
 the manifest. Nothing else is read, and no code of the folder is executed. It runs in this process,
 wherever the first run was computed.
 
+A folder from which only what a run makes anew was taken away (report, figures, pairs that a config
+makes, results whose numbers are large) can still be run again: pairs are made as at first and must
+have the digest of the manifest, and what is left of the results is compared.
+
 With equal versions on an equal machine every number must be the same. Elsewhere sums are added up
 in another order: then numbers agree within `RELATIVE` of the largest value of their array.
 """
@@ -23,12 +27,14 @@ from mechmm.runs import manifest as manifests
 from mechmm.runs.difference import Difference, diff, print_difference
 from mechmm.runs.engines import Engine
 from mechmm.runs.folder import Run
-from mechmm.runs.paths import PAIRS, WEIGHTS, RunError
+from mechmm.runs.paths import FIGURES, PAIRS, RESULTS, WEIGHTS, RunError
 from mechmm.runs.runner import run
-from mechmm.runs.verification import verify
+from mechmm.runs.verification import Verification, verify
 
 RELATIVE = 1e-4
 """Of an array's largest value, on another machine or with other versions."""
+MADE_ANEW = ("report.html", f"{FIGURES}/", f"{PAIRS}/", f"{RESULTS}/")
+"""Files that a folder can do without."""
 MATTERS = ("mechmm", "packages", "python", "platform", "processor", "device", "dtype", "threads")
 """Entries of a manifest on which the last digits may depend."""
 
@@ -41,11 +47,13 @@ class Replay:
         difference: between them.
         relative: how far numbers may be apart: 0 with equal versions on an equal machine.
         folder: of the new run, where it was kept.
+        absent: files of the first run that were not there.
     """
 
     difference: Difference
     relative: float
     folder: Path | None
+    absent: tuple[str, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -54,7 +62,7 @@ class Replay:
 
     def as_json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        facts = {"agrees": self.agrees, "relative": self.relative}
+        facts = {"agrees": self.agrees, "relative": self.relative, "absent": list(self.absent)}
         return {**facts, **self.difference.as_json()}
 
 
@@ -64,7 +72,7 @@ def replay(
     """Run a run again and compare.
 
     Args:
-        folder: of a finished run.
+        folder: of a finished run, which may lack what a run makes anew.
         out: a new folder for the new run; default: a temporary one, which goes again.
         model: folder of the model's files; default: `weights/` of the run, else where its config
             says.
@@ -77,19 +85,27 @@ def replay(
     """
     folder = Path(folder)
     found = verify(folder)
-    if not found.ok:
+    if not _enough(found):
         raise RunError(f"{folder} does not verify, so that it says nothing to replay it; {found}")
     old = Run.open(folder)
     config, weights = old.config, folder / WEIGHTS
     source = Path(model) if model else weights if weights.is_dir() else None
     _check_model(old, source)
     engine = Engine(chunk=config.engine.chunk, tokens=config.engine.tokens)
+    anew = any(name.startswith(f"{PAIRS}/") for name in found.missing)
     with TemporaryDirectory(prefix="mechmm-replay-") as near:
         new = Path(out) if out else Path(near) / "run"
-        run(replace(config, engine=engine), new, saved=folder / PAIRS, source=source)
-        _check_same_model(old, Run.open(new))
-        relative = 0.0 if _alike(old.manifest, Run.open(new).manifest) else RELATIVE
-        return Replay(diff(folder, new), relative, new if out else None)
+        saved = None if anew else folder / PAIRS
+        again = run(replace(config, engine=engine), new, saved=saved, source=source)
+        _check_same(old, again)
+        relative = 0.0 if _alike(old.manifest, again.manifest) else RELATIVE
+        apart = diff(folder, new, partial=bool(found.missing))
+        return Replay(apart, relative, new if out else None, found.missing)
+
+
+def _enough(found: Verification) -> bool:
+    """Whether nothing changed, and nothing is missing but what a run makes anew."""
+    return replace(found, missing=()).ok and all(n.startswith(MADE_ANEW) for n in found.missing)
 
 
 def _check_model(old: Run, source: Path | None) -> None:
@@ -106,9 +122,15 @@ def _check_model(old: Run, source: Path | None) -> None:
         _refuse_other(named, now)
 
 
-def _check_same_model(old: Run, new: Run) -> None:
-    """The same once more for a model that the hub gave meanwhile."""
+def _check_same(old: Run, new: Run) -> None:
+    """The same once more for a model that the hub gave meanwhile, and for pairs made anew."""
     _refuse_other(old.manifest["model"], new.manifest["model"]["files"])
+    for name, pairs in old.manifest["pairs"].items():
+        if new.manifest["pairs"][name]["sha256"] != pairs["sha256"]:
+            raise RunError(
+                f"the pairs {name} come out otherwise here than in {old.folder}, from which they "
+                "are missing; replay a folder that has its pairs"
+            )
 
 
 def _refuse_other(named: Mapping[str, Any], now: Mapping[str, str]) -> None:
@@ -135,6 +157,8 @@ def print_replay(found: Replay) -> None:
     near = f"within {found.relative:g} of the largest value of their array"
     wanted = near if found.relative else "equal, as they must with equal versions and machine"
     said = f"agrees: all numbers are {wanted}" if found.agrees else f"differs: not all are {wanted}"
+    if found.absent:
+        said += f" (of what is there: {len(found.absent)} files of the run were left out)"
     Console().print(said, highlight=False)
     if found.folder is not None:
         print(f"run: {found.folder}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mechmm.runs.config import load
-from mechmm.runs.experiment import BEGIN, END, differing, experiment, headline_table
+from mechmm.runs.experiment import BEGIN, END, experiment, headline_table
 from mechmm.runs.folder import Run
 from mechmm.runs.paths import GIVEN
 from mechmm.runs.runner import run
@@ -59,15 +59,6 @@ def test_log_has_the_run(folder: Path) -> None:
     from mechmm.runs.experiment import run_id
 
     assert f"| {run_id(Run.open(folder / 'results'))} |" in (ROOT / "LOG.md").read_text()
-
-
-def test_a_changed_or_missing_headline_is_seen(tmp_path: Path) -> None:
-    found = Run.open(FOLDERS[0] / "results").headlines
-    assert differing(found, found).empty
-    other = found.copy()
-    other.loc[0, "value"] += 0.01
-    assert list(differing(found, other)["name"]) == [found["name"][0]]
-    assert list(differing(found, found[1:])["name"]) == [found["name"][0]]
 
 
 def test_other_configs_do_not_replace_what_is_committed(capsys) -> None:

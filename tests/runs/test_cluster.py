@@ -89,7 +89,7 @@ def test_a_part_that_was_sent_is_the_part(tmp_path):
     [
         ("engine.name=slurm", "unknown engine 'slurm'"),
         ("engine.workers=2", 'are for name = "ray"'),
-        ("engine.retries=-1", "`retries` must be 0 or more"),
+        ("engine.retries=-1", r"engine\.retries: must be 0 or more"),
         ("engine.gpu=1", "unknown key"),
     ],
 )

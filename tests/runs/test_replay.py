@@ -96,6 +96,31 @@ def test_a_forged_number_is_found_though_the_folder_verifies(folder):
     assert (row["step"], row["field"], row["where"]) == ("patched", "values", "[0, 1]")
 
 
+def test_a_folder_without_what_is_made_anew_is_replayed(folder):
+    """Pairs are made from the config; of the result its table is left."""
+    for name in ("report.html", "figures", "pairs", "results/patched"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert not verify(folder).ok
+    found = replay(folder)
+    assert found.agrees
+    assert found.difference.same
+    assert "report.html" in found.absent
+    assert set(found.difference.values["field"].str.partition(".")[0]) == {"table"}
+    (folder / "headlines.json").unlink()
+    with pytest.raises(RunError, match=r"(?s)does not verify.*\bmissing: headlines\.json"):
+        replay(folder)
+
+
+def test_pairs_that_come_out_otherwise_are_refused(folder):
+    shutil.rmtree(folder / "pairs")
+    known = json.loads((folder / "manifest.json").read_text())
+    pairs = {"color": {**known["pairs"]["color"], "sha256": "0" * 64}}
+    (folder / "manifest.json").write_text(json.dumps({**known, "pairs": pairs}))
+    with pytest.raises(RunError, match="the pairs color come out otherwise here"):
+        replay(folder)
+
+
 def test_another_model_is_refused_before_it_runs(folder):
     file = folder.parent / "model" / "config.json"
     file.write_text(file.read_text() + "\n")
