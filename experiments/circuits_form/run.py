@@ -12,6 +12,7 @@ from mechmm.results.statistics import bootstrap_interval
 from mechmm.runs.experiment import experiment
 from mechmm.runs.folder import Run
 
+HISTORY = Path("trained/history")
 FIRST = 4
 """Checkpoints before this one know too little for f to be a number."""
 
@@ -47,4 +48,6 @@ def _points(names, value, low=(), high=(), first=0) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 1 and not HISTORY.is_dir():
+        sys.exit(f"no {HISTORY}; make it: mechmm zoo train --out {HISTORY.parent} --phases 2")
     sys.exit(experiment(Path(__file__).parent, figure))

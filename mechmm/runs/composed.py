@@ -273,7 +273,7 @@ class Answers(Result):
     def plot(self) -> dict[str, Figure]:
         """Shares of pairs that are answered rightly, and that flip."""
         names = ["clean_right", "flips"]
-        found = self.table[names].to_numpy(float).T
+        found = np.array(self.table[names], dtype=float).T.copy()
         low, high = bootstrap_interval(found)
         title = f"answers to {len(self.table)} pairs"
         means = found.mean(1)
