@@ -22,6 +22,7 @@ def script(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_overhead(script, tmp_path, capsys):
     overhead, timing = script("overhead"), script("_timing")
     toy = overhead.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8)
@@ -51,6 +52,7 @@ def test_overhead_patches_change_the_logits(script):
         assert not torch.allclose(ours.patch_head()[0], plain)
 
 
+@pytest.mark.slow
 def test_sweep(script, tmp_path, capsys):
     sweep, timing = script("sweep"), script("_timing")
     toy = sweep.Shape(2, 32, 2, 3, 4, 2, 32, 2, 64, 64, 8)
