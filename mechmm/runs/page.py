@@ -225,7 +225,10 @@ def _again() -> list[Block]:
         "mechmm run CONFIG seed=1 --out OTHER    # the same question, another seed",
         "mechmm diff DIR OTHER",
     ]
-    return ["With mechmm installed, where DIR is this run's folder and CONFIG the original config:", Code("\n".join(commands))]
+    return [
+        "With mechmm installed, where DIR is this run's folder and CONFIG the original config:",
+        Code("\n".join(commands)),
+    ]
 
 
 def _made(run: _Files) -> list[Block]:
