@@ -227,7 +227,9 @@ def pack(
     from mechmm.runs.archive import pack, weights_of
 
     with _refusals():
-        along = model or (weights_of(folder) if weights else None)
+        if model is not None and not weights:
+            raise ValueError("--model says where the weights lie: give --weights, too")
+        along = (model or weights_of(folder)) if weights else None
         print(pack(folder, out, weights=along, authors=author or ()))
 
 

@@ -35,6 +35,8 @@ BYTES = 4 << 30
 CODE = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".py", ".pyc", ".so")
 """Ends of names of files that may run code when they are loaded."""
 SUFFIX = ".zip"
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+"""Others ask for as much memory as the archive likes."""
 _TIME = (1980, 1, 1, 0, 0, 0)
 _BROKEN = (
     zipfile.BadZipFile,
@@ -87,7 +89,7 @@ def pack(
         FileExistsError: the file exists.
     """
     folder = Path(folder)
-    file = Path(file) if file else folder.absolute().with_suffix(SUFFIX)
+    file = Path(file) if file else folder.absolute().with_name(f"{folder.absolute().name}{SUFFIX}")
     if file.suffix != SUFFIX:
         raise ArchiveError(f"{file} must end in {SUFFIX}")
     if file.exists():
@@ -205,7 +207,8 @@ def unpack(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; give a new one")
     with _opened(file) as archive, _unfinished(folder) as near:
-        entries = _checked(archive, file, limits or Limits())
+        room = shutil.disk_usage(near.parent).free
+        entries = _checked(archive, file, limits or Limits(), room)
         near.mkdir(parents=True)
         for name, entry in entries.items():
             _extract(archive, entry, near / name)
@@ -230,13 +233,18 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
         ) from error
 
 
-def _checked(archive: zipfile.ZipFile, file: Path, limits: Limits) -> dict[str, zipfile.ZipInfo]:
-    """Entries by path within the folder, after every check that needs no unpacking."""
+def _checked(
+    archive: zipfile.ZipFile, file: Path, limits: Limits, room: int
+) -> dict[str, zipfile.ZipInfo]:
+    """Entries by path within the folder, after every check that needs no unpacking.
+
+    Args:
+        room: bytes free where they go.
+    """
     entries = [e for e in archive.infolist() if not (e.is_dir() and e.file_size == 0)]
     if len(entries) > limits.files:
         raise ArchiveError(f"{file} has {len(entries)} files, more than {limits.files}")
     size = sum(entry.file_size for entry in entries)
-    room = shutil.disk_usage(file.absolute().parent).free
     if size > limits.size:
         raise ArchiveError(
             f"{file} would unpack to {size:,} bytes, more than {limits.size:,}; allow more "
@@ -269,6 +277,8 @@ def _check_entry(entry: zipfile.ZipInfo, file: Path) -> None:
         raise ArchiveError(f"{file}: the entry {name!r} is a link or device, not a file")
     if entry.flag_bits & 1:
         raise ArchiveError(f"{file}: the entry {name!r} is encrypted")
+    if entry.compress_type not in PACKED:
+        raise ArchiveError(f"{file}: the entry {name!r} is packed otherwise than by mechmm pack")
     _refuse_code(name, file)
 
 

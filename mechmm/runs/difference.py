@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ class Difference:
         values: one row per field of every result and column of every table: whether all of it is
             equal (`same`), the `largest` and the `relative` difference, `where` it is the largest,
             the values there, and `why` where no number tells them apart.
-        headlines: name, first, second, difference, and both verdicts.
+        headlines: name, first, second, difference, how far value and interval are apart relative to
+            the larger of 1 and the value (infinite where a verdict or a text differs), and both
+            verdicts.
     """
 
     settings: pd.DataFrame
@@ -37,10 +40,11 @@ class Difference:
     headlines: pd.DataFrame
 
     def agrees(self, relative: float = 0.0) -> bool:
-        """Whether every value is the same, or a number within so much of its array's largest."""
-        return bool((self.values["same"] | (self.values["relative"] <= relative)).all()) and bool(
-            len(self.values)
-        )
+        """Whether every value is the same, or a number within so much of its array's largest, and
+        every headline has the same verdict and is as near."""
+        near = self.values["same"] | (self.values["relative"] <= relative)
+        told = self.headlines["relative"] <= relative
+        return bool(len(self.values)) and bool(near.all()) and bool(told.all())
 
     @property
     def same(self) -> bool:
@@ -99,16 +103,54 @@ def environment(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _headlines(first: Any, second: Any) -> pd.DataFrame:
-    found = [{str(h.get("name")): h for h in heads} for heads in (first, second)]
+    found = [_by_name(heads) for heads in (first, second)]
     rows = []
     for name in dict.fromkeys((*found[0], *found[1])):
         one, other = (heads.get(name, {}) for heads in found)
-        a, b = one.get("value"), other.get("value")
-        apart = b - a if all(isinstance(v, int | float) for v in (a, b)) else math.nan
-        verdicts = one.get("agrees"), other.get("agrees")
-        rows.append((name, a, b, apart, *verdicts))
-    names = ["name", "first", "second", "difference", "agrees_first", "agrees_second"]
+        a, b = (_sized(head.get("value")) for head in (one, other))
+        apart = b - a if _number(a) and _number(b) else math.nan
+        far = _far(one, other) if all(name in heads for heads in found) else math.inf
+        rows.append((name, a, b, apart, far, one.get("agrees"), other.get("agrees")))
+    names = ["name", "first", "second", "difference", "relative", "agrees_first", "agrees_second"]
     return pd.DataFrame(rows, columns=names)
+
+
+def _by_name(heads: Any) -> dict[str, dict[str, Any]]:
+    """Headlines by name; none is lost where a name comes twice."""
+    if not isinstance(heads, list) or not all(isinstance(head, dict) for head in heads):
+        raise RunError(f"{HEADLINES} is not what a run writes; copy the run again")
+    found: dict[str, dict[str, Any]] = {}
+    for number, head in enumerate(heads):
+        name = str(head.get("name"))
+        found[f"{name} (number {number})" if name in found else name] = head
+    return found
+
+
+def _far(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
+    """How far two headlines are apart, relative to the larger of 1 and the value."""
+    if one.get("agrees") != other.get("agrees"):
+        return math.inf
+    values = [_sized(head.get("value")) for head in (one, other)]
+    scale = max([1.0, *(abs(v) for v in values if _number(v) and math.isfinite(v))])
+    pairs = [[_sized(head.get(key)) for head in (one, other)] for key in ("value", "low", "high")]
+    return max(_apart(a, b) / scale for a, b in pairs)
+
+
+def _apart(a: Any, b: Any) -> float:
+    """Of two numbers; infinite where they cannot be told by how much."""
+    if a == b or (a != a and b != b):  # what is not itself is NaN
+        return 0.0
+    apart = abs(a - b) if _number(a) and _number(b) else math.inf
+    return math.inf if math.isnan(apart) else apart
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sized(value: Any) -> Any:
+    """A number that no float can hold as text: it takes part in no sum."""
+    return str(value) if _number(value) and sys.float_info.max < abs(value) < math.inf else value
 
 
 def _unequal(first: Mapping[str, Any], second: Mapping[str, Any]) -> pd.DataFrame:

@@ -22,9 +22,9 @@ from mechmm.results.plots import save_png
 from mechmm.results.store import write_whole
 from mechmm.runs.command import show
 from mechmm.runs.folder import Run
-from mechmm.runs.manifest import digest
-from mechmm.runs.paths import MANIFEST
-from mechmm.runs.runner import run
+from mechmm.runs.paths import GIVEN, MANIFEST, RunError
+from mechmm.runs.runner import resume, run
+from mechmm.runs.verification import file_digest
 
 Drawer: TypeAlias = Callable[[Run], Figure | Mapping[str, Figure]]
 BEGIN, END = "<!-- headlines -->", "<!-- end of headlines -->"
@@ -36,7 +36,7 @@ def experiment(
     figure: Drawer | None = None,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run an experiment from the command line; the exit code.
+    """Run an experiment from the command line; the exit code: 0, 1 (cannot be run) or 130 (Ctrl-C).
 
     Args:
         folder: of the experiment.
@@ -60,6 +60,9 @@ def experiment(
     except (ValueError, OSError) as error:
         print(f"{folder.name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt as error:
+        print(f"{folder.name}: {str(error) or 'interrupted'}", file=sys.stderr)
+        return 130
 
 
 def _parser() -> ArgumentParser:
@@ -72,18 +75,42 @@ def _parser() -> ArgumentParser:
 
 
 def renewed(folder: Path, config: Path) -> Run:
-    """Run a config into `results/`; what was there is replaced when all is done."""
-    near, old = folder / "results.partial", folder / "results"
-    shutil.rmtree(near, ignore_errors=True)
-    run(config, near)
-    shutil.rmtree(old, ignore_errors=True)
-    near.rename(old)
-    return Run.open(old)
+    """Run a config into `results/`; what was there is replaced when all is done.
+
+    A run of the same config that was interrupted goes on.
+    """
+    near, results = folder / "results.partial", folder / "results"
+    if _interrupted(near, config):
+        resume(near)
+    else:
+        shutil.rmtree(near, ignore_errors=True)
+        run(config, near)
+    _put(near, results)
+    return Run.open(results)
+
+
+def _interrupted(near: Path, config: Path) -> bool:
+    """Whether a folder is the beginning of a run of this config."""
+    try:
+        begun = not Run.open(near).finished
+        return begun and (near / GIVEN).read_bytes() == config.read_bytes()
+    except (RunError, OSError):
+        return False
+
+
+def _put(near: Path, results: Path) -> None:
+    """Take the place of older results, which lie beside it until that is done."""
+    aside = results.with_name("results.old.partial")
+    if results.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        results.rename(aside)
+    near.rename(results)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_id(found: Run) -> str:
     """Name and first eight digits of the manifest's SHA-256."""
-    return f"{found.manifest['name']}-{digest(found.folder / MANIFEST)[:8]}"
+    return f"{found.manifest['name']}-{file_digest(found.folder / MANIFEST)[:8]}"
 
 
 # README --------------------------------------------------------------------------------------

@@ -149,10 +149,19 @@ def list_page(runs: Sequence[Listed]) -> str:
         '<label>Filter <input id="filter" type="search" autocomplete="off"></label>'
         '<button id="compare">Compare two</button>'
         '<span id="count" role="status"></span></div>'
-        f'<ul class="runs">{"".join(map(_item, runs))}</ul></form>'
+        f'<ul class="runs">{"".join(map(_shown, runs))}</ul></form>'
     )
     script = f"<script>{_asset('view.js')}</script>"
     return document("Runs", head, body, script, own_policy(), _asset("view.css"))
+
+
+def _shown(run: Listed) -> str:
+    """A run in the list; one that a stranger made unfit for it does not take the others along."""
+    try:
+        return _item(run)
+    except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
+        wrong = f"It cannot be shown: {type(error).__name__}."
+        return _item(Listed(run.place, run.folder, wrong=wrong))
 
 
 def _item(run: Listed) -> str:

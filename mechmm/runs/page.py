@@ -222,10 +222,13 @@ def _again() -> list[Block]:
     commands = [
         "mechmm replay DIR    # run it again, and compare every number",
         "mechmm verify DIR    # are the files those that were written?",
-        "mechmm run DIR/config.toml seed=1 --out OTHER    # the same question, another seed",
+        "mechmm run CONFIG seed=1 --out OTHER    # the same question, another seed",
         "mechmm diff DIR OTHER",
     ]
-    return ["With mechmm installed, where DIR is this run's folder:", Code("\n".join(commands))]
+    return [
+        "With mechmm installed, where DIR is this run's folder and CONFIG the original config:",
+        Code("\n".join(commands)),
+    ]
 
 
 def _made(run: _Files) -> list[Block]:

@@ -2,8 +2,9 @@
 
 The config is the folder's `resolved.json`, the pairs are those saved in it; the model is found by
 name, in `weights/` or where it is said to lie, and refused unless its files have the hashes of
-the manifest. Nothing else is read, and no code of the folder is executed. It runs in this process,
-wherever the first run was computed.
+the manifest. Read besides are the checkpoints that a step names, and, where the saved pairs are
+missing, the folder of pairs that the config names. No code of the folder is executed. It runs in
+this process, wherever the first run was computed.
 
 A folder from which only what a run makes anew was taken away (report, figures, pairs that a config
 makes, results whose numbers are large) can still be run again: pairs are made as at first and must

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pandas as pd
@@ -19,6 +21,8 @@ def number_text(value: Any) -> str:
         return "none"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return f"{Decimal(value):.2e}"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{value:.0f}"
     if not 1e-3 <= abs(value) < 1e6:
@@ -31,7 +35,7 @@ def verdict_of(headlines: Sequence[Mapping[str, Any]]) -> str:
     judged = [headline for headline in headlines if headline.get("agrees") is not None]
     if not judged:
         return "Verdict: none, as no headline says what is expected of it."
-    odd = [str(headline["name"]) for headline in judged if not headline["agrees"]]
+    odd = [str(headline.get("name")) for headline in judged if not headline["agrees"]]
     if not odd:
         return f"Verdict: agrees with the prediction, in all of {len(judged)} headlines."
     right = len(judged) - len(odd)

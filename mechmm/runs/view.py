@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mimetypes
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -72,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
     """Answers one request."""
 
     listing: Listing
+    begun = False
+    """Whether the head of an answer is sent: there can be no other then."""
     timeout = 30
     server_version, sys_version = "mechmm", ""
 
@@ -80,7 +83,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._check_host()
             self._answer(urlsplit(self.path))
         except _Refused as refused:
-            self._send(refused.status.phrase.encode(), "text/plain; charset=utf-8", refused.status)
+            self._refuse(refused.status)
+        except ConnectionError:  # nobody is there to answer
+            self.close_connection = True
+        except Exception as error:  # what a stranger's run may bring about
+            print(f"mechmm: {self.path!r} cannot be answered: {error!r}", file=sys.stderr)
+            if self.begun:
+                self.close_connection = True
+            else:
+                self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR)
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -118,11 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _found(self, path: str) -> Path:
         """The file of a run, or refused."""
         number, *parts = path.split("/")
-        folders = self.listing.folders
+        known = {str(i): folder for i, folder in enumerate(self.listing.folders)}
         odd = any(part.startswith(".") or not part or set(part) & set("\\\0") for part in parts)
-        if not odd and parts and number.isdecimal() and int(number) < len(folders):
+        if not odd and parts and number in known:
             try:
-                found = _inside_run(folders[int(number)], parts)
+                found = _inside_run(known[number], parts)
             except OSError:  # a name that no file can have
                 found = None
             if found is not None:
@@ -133,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _page(self, text: str) -> None:
         self._send(
-            text.encode(),
+            text.encode(errors="replace"),
             "text/html; charset=utf-8",
             policy=f"{own_policy()}; frame-ancestors 'none'",
         )
@@ -146,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(HTTPStatus.OK, f"{kind or 'application/octet-stream'}{text}", size, SANDBOX)
             if self.command != "HEAD":
                 shutil.copyfileobj(opened, self.wfile)
+
+    def _refuse(self, status: HTTPStatus) -> None:
+        self._send(status.phrase.encode(), "text/plain; charset=utf-8", status)
 
     def _send(
         self, data: bytes, kind: str, status: HTTPStatus = HTTPStatus.OK, policy: str = SANDBOX
@@ -166,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             headers |= {"Allow": "GET, HEAD", "Connection": "close"}
+        self.begun = True
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)

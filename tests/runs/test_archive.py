@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 from made import digest, inside, link, seal, with_entries, write_run
@@ -71,6 +72,26 @@ def test_an_archive_is_never_written_over(run, archive):
         pack(run, archive)
     with pytest.raises(ArchiveError, match=r"must end in \.zip"):
         pack(run, archive.with_suffix(".rar"))
+
+
+def test_a_point_in_the_name_of_a_run_stays(tmp_path):
+    assert pack(write_run(tmp_path / "run.v1")) == tmp_path / "run.v1.zip"
+
+
+def test_room_is_asked_where_the_run_goes(archive, tmp_path, monkeypatch):
+    full = tmp_path / "full"
+    full.mkdir()
+    room = {full: 0, archive.parent: 1 << 40}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=room[path]))
+    refused(archive, full / "run", "the disk has 0")
+    assert verify(unpack(archive, tmp_path / "back")).ok
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_other_ways_of_packing_are_refused(archive, tmp_path, kind):
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("made/more.txt", b"x" * 100, compress_type=kind)
+    refused(archive, tmp_path / "back", "is packed otherwise than by mechmm pack")
 
 
 # Weights -------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ def test_numbers_may_agree_within_a_share_of_the_largest(tmp_path):
     one = write_run(tmp_path / "one")
     other = write_run(tmp_path / "other", measured(effects=measured().effects + 1e-4))
     found = diff(one, other)
-    assert found.agrees(1e-4)
+    assert found.agrees(2e-4)  # the headline is that far from 1
     assert not found.agrees(1e-6)
     assert not found.same
     assert found.headlines.loc[0, "difference"] == pytest.approx(1e-4, rel=1e-3)
@@ -180,6 +180,41 @@ def test_tables_with_missing_values_are_equal_to_themselves(tmp_path):
     assert diff(run, run).same
 
 
+@pytest.mark.parametrize(
+    ("changed", "agrees"),
+    [
+        ({"value": 1.0 + 5e-5}, True),
+        ({"value": 1.1}, False),
+        ({"value": None}, False),
+        ({"value": True}, True),
+        ({"value": 10**400}, False),
+        ({"low": 0.5}, False),
+        ({"agrees": False}, False),
+        ({"agrees": None}, False),
+        ({"name": "another"}, False),
+    ],
+)
+def test_headlines_have_to_agree_too(tmp_path, changed, agrees):
+    one, other = (write_run(tmp_path / name) for name in ("one", "other"))
+    (head,) = json.loads((one / "headlines.json").read_text())
+    (one / "headlines.json").write_text(json.dumps([head]))
+    (other / "headlines.json").write_text(json.dumps([{**head, **changed}]))
+    found = diff(one, other)
+    assert found.agrees(1e-4) == agrees
+    assert found.same == (changed == {"value": True})
+    assert json.dumps(found.as_json())
+
+
+def test_a_headline_that_comes_twice_hides_none(tmp_path):
+    one, other = (write_run(tmp_path / name) for name in ("one", "other"))
+    (head,) = json.loads((one / "headlines.json").read_text())
+    (other / "headlines.json").write_text(json.dumps([{**head, "value": 9.0}, head]))
+    assert not diff(one, other).agrees(1e-4)
+    (other / "headlines.json").write_text('["no"]')
+    with pytest.raises(RunError, match=r"headlines\.json is not what a run writes"):
+        diff(one, other)
+
+
 # From the shell ------------------------------------------------------------------------------
 
 shell = CliRunner()
@@ -207,6 +242,9 @@ def test_the_shell_says_what_differs_and_by_exit_code(tmp_path):
 def test_the_shell_packs_and_unpacks(tmp_path):
     one, file, back = write_run(tmp_path / "one"), tmp_path / "a.zip", tmp_path / "back"
     assert shell.invoke(app, ["pack", str(one), "--out", str(file)]).exit_code == 0
+    named = shell.invoke(app, ["pack", str(one), "--model", str(tmp_path)])
+    assert named.exit_code == 1
+    assert "give --weights, too" in named.output
     small = shell.invoke(app, ["unpack", str(file), "--out", str(back), "--limit", "1kB"])
     assert small.exit_code == 1
     assert "would unpack to" in small.output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def test_a_forged_number_is_found_though_the_folder_verifies(folder):
     assert (row["step"], row["field"], row["where"]) == ("patched", "values", "[0, 1]")
 
 
+def test_a_forged_headline_is_found_though_the_folder_verifies(folder):
+    path = folder / "headlines.json"
+    (head,) = json.loads(path.read_text())
+    path.write_text(json.dumps([{**head, "value": head["value"] + 0.01}]))
+    seal(folder, python="3.0.0")  # on another version numbers need only be near
+    assert verify(folder).ok
+    found = replay(folder)
+    assert not found.agrees
+    assert found.difference.values["same"].all()
+    assert found.as_json()["agrees"] is False
+
+
 def test_a_folder_without_what_is_made_anew_is_replayed(folder):
     """Pairs are made from the config; of the result its table is left."""
     for name in ("report.html", "figures", "pairs", "results/patched"):
@@ -152,3 +165,9 @@ def test_what_does_not_verify_is_not_replayed(folder):
     answer = CliRunner().invoke(app, ["replay", str(folder)])
     assert answer.exit_code == 1
     assert "written by mechmm 2.0 in format 9" in answer.stderr
+
+
+@pytest.mark.slow
+def test_a_committed_finding_is_found_again():
+    experiments = Path(__file__).parents[2] / "experiments"
+    assert replay(experiments / "where_sight_enters" / "results").agrees

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import mechmm as mm
 from mechmm.data import corruption, shapes
 from mechmm.runs.config import load
 from mechmm.runs.place import ConfigError
+from mechmm.runs.terminal import print_table
 
 CONFIG = """
 name = "dim"
@@ -78,3 +80,10 @@ def test_what_is_not_there_is_named(tmp_path: Path, old, new, error, message):
     (tmp_path / "dim.toml").write_text(CONFIG.replace(old, new))
     with pytest.raises(error, match=message):
         mm.runs.run(load(tmp_path / "dim.toml"), tmp_path / "out")
+
+
+def test_the_terminal_shows_texts_as_they_are(capsys):
+    table = pd.DataFrame({"[/a]": ["[/x] [bold]b", "c"]})
+    print_table(table, "[/t]")
+    said = capsys.readouterr().out
+    assert all(text in said for text in ("[/a]", "[/x] [bold]b", "[/t]"))

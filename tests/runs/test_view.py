@@ -7,6 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from browser import browser
 
 from mechmm import cli
 from mechmm.results.report import Page, Section
+from mechmm.runs.listing import Listing, list_page
 from mechmm.runs.view import server
 
 EVIL = "<script>window.ran=1</script>"
@@ -66,6 +68,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def port(folder: Path) -> Iterator[int]:
+    with served(folder) as found:
+        yield found
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[int]:
+    """The port of a server of the runs in a folder."""
     with server([folder], 0) as found:
         thread = threading.Thread(target=found.serve_forever)
         thread.start()
@@ -145,6 +154,7 @@ def test_what_a_browser_could_run_is_only_saved(port: int) -> None:
         "/runs/0/",
         "/runs/1/one/report.html",
         "/runs/-1/one/report.html",
+        "/runs/" + "9" * 5000 + "/one/report.html",
         "/runs/x/one/report.html",
         "/runs/0/one/report.html%00.txt",
         "/runs/0/one/" + "a" * 5000,
@@ -194,6 +204,34 @@ def test_two_runs_are_compared(port: int) -> None:
     assert ">question<" not in differ
     for query in ("", "run=0/one", "run=0/one&run=0/none", "run=0/one&run=0/one&run=0/one"):
         assert ask(port, f"/compare?{query}")[0].status == 400
+
+
+def test_odd_headlines_of_one_run_leave_the_others(tmp_path: Path) -> None:
+    make(tmp_path / "good", "good one")
+    odd = make(tmp_path / "odd", "odd one")
+    lines = [{"value": 10**400, "agrees": False}, {"name": "\ud800", "value": -(10**400)}]
+    (odd / "headlines.json").write_text(json.dumps(lines))
+    text = list_page(Listing.of([tmp_path]).runs())
+    assert "good one" in text
+    assert "None: 1.00e+400" in text
+    with served(tmp_path) as port:
+        answer, text = ask(port, "/")
+    assert answer.status == 200
+    assert "good one" in text
+
+
+def test_what_nobody_thought_of_is_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> str:
+        raise AssertionError("unthought of")
+
+    make(tmp_path / "one")
+    monkeypatch.setattr("mechmm.runs.view.list_page", fails)
+    with served(tmp_path) as port:
+        answer, text = ask(port, "/")
+    assert (answer.status, text) == (500, "Internal Server Error")
+    assert "unthought of" in capsys.readouterr().err
 
 
 def test_runs_that_come_later_or_are_damaged_are_listed(tmp_path: Path) -> None:
