@@ -102,7 +102,7 @@ def run(
         name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
         for name, one in config.pairs.items()
     }
-    job = _Job(config, out, model, sets, start)
+    job = _Job(config, out, model, sets, start, new=True)
     job.check()
     job.begin(facts)
     with locked(out):
@@ -121,7 +121,6 @@ def resume(folder: str | Path) -> Run:
     folder = Path(folder)
     found = Run.open(folder)
     with locked(folder):
-        sweep_up(folder)
         found = Run.open(folder)
         if found.finished:
             return found
@@ -138,18 +137,21 @@ def resume(folder: str | Path) -> Run:
                 raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
         job = _Job(config, folder, model, sets, start)
         job.check_checkpoints(found.manifest.get("checkpoints", {}))
+        sweep_up(folder)
         return job.go()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A config with its model and pairs, and the folder that it writes into."""
+    """A config with its model and pairs, and the folder that it writes into, which is `new` where
+    this process makes it."""
 
     config: Config
     out: Path
     model: HookedMultimodal
     sets: Mapping[str, PairDataset]
     start: float
+    new: bool = False
 
     def scene(self) -> Scene:
         return Scene(self.model, self.sets, self._result, self.config.base)
@@ -356,13 +358,13 @@ class _Job:
         )
 
     def _fail(self, error: Exception) -> None:
-        """A run that has finished nothing leaves nothing behind."""
+        """A new run that has finished nothing leaves nothing behind; a resumed one stays."""
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
                 f"the disk is full; finished chunks are intact: make room, then go on with "
                 f"mechmm run --resume {self.out}"
             ) from error
-        if not any((self.out / name).exists() for name in (STEPS, RESULTS)):
+        if self.new and not any((self.out / name).exists() for name in (STEPS, RESULTS)):
             shutil.rmtree(self.out)
 
 

@@ -240,6 +240,36 @@ def test_what_changed_cannot_be_resumed(halted):
         mm.runs.resume(halted)
 
 
+def test_only_what_was_half_written_is_swept_up_and_only_at_last(halted, whole, monkeypatch):
+    own = [halted / ".note", halted / "pairs" / ".git", whole.folder / ".half.0123abcd"]
+    half = halted / "pairs" / ".color.0123abcd"
+    for folder in (*own, half):
+        folder.mkdir()
+    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
+    path = halted / "config.toml"
+    before = path.read_bytes()
+    path.write_bytes(before + b"#")
+    with pytest.raises(RunError, match="changed"):
+        mm.runs.resume(halted)
+    assert half.exists()
+    path.write_bytes(before)
+    mm.runs.resume(halted)
+    mm.runs.resume(whole.folder)
+    assert not half.exists()
+    assert all(folder.exists() for folder in own)
+    own[-1].rmdir()
+
+
+def test_a_resumed_run_that_fails_stays(halted, monkeypatch):
+    def broken(job, *rest):
+        raise OSError("no card")
+
+    monkeypatch.setattr(runner._Job, "_run", broken)
+    with pytest.raises(OSError, match="no card"):
+        mm.runs.resume(halted)
+    assert mm.runs.open(halted).manifest["state"] == "running"
+
+
 def write(path: Path, old: str, new: str) -> Path:
     assert old in CONFIG
     path.write_text(CONFIG.replace(old, new, 1))
