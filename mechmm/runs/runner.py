@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import torch
 
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
@@ -137,6 +138,7 @@ def resume(folder: str | Path) -> Run:
                 raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
         job = _Job(config, folder, model, sets, start)
         job.check_checkpoints(found.manifest.get("checkpoints", {}))
+        job.check_place(found.manifest)
         sweep_up(folder)
         return job.go()
 
@@ -199,8 +201,7 @@ class _Job:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "peak_memory_bytes": 0,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self._place(),
             "seed": config.seed,
             "base": Path(os.path.relpath(config.base, self.out.absolute())).as_posix(),
             **manifest.machine(),
@@ -230,6 +231,23 @@ class _Job:
         for name, found in self._checkpoints().items():
             if found != known.get(name):
                 raise RunError(f"the files of checkpoint {name} changed since the run began")
+
+    def check_place(self, known: Mapping[str, Any]) -> None:
+        """Refuse another device or dtype than the run began with; note another processor."""
+        for name, now in self._place().items():
+            if now != known.get(name, now):
+                raise RunError(
+                    f"the run began with the {name} {known[name]}, this is {now}: its numbers "
+                    "would not belong together; go on where it began, or begin anew"
+                )
+        before, now = known.get("processor"), manifest.processor(self.model.device)
+        if before not in (None, now):
+            note = f"began on the processor {before}, resumed on {now}: last digits may differ"
+            self._note(notes=sorted({*known.get("notes", ()), note}))
+
+    def _place(self) -> dict[str, str]:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"device": str(self.model.device), "dtype": dtype}
 
     # Running ---------------------------------------------------------------------------------
 
@@ -336,6 +354,8 @@ class _Job:
     # Ending ----------------------------------------------------------------------------------
 
     def _finish(self) -> Run:
+        from mechmm.runs import page  # plotly takes long to load
+
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
         wanted = {(headline.step, headline.table) for headline in self.config.headlines}
@@ -343,7 +363,7 @@ class _Job:
         found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
-        write_page(self.out)
+        page.write(self.out)
         self._note(state=FINISHED, outputs=manifest.outputs(self.out))
         return Run.open(self.out)
 
@@ -388,14 +408,6 @@ def figures(result: Result) -> dict[str, Any]:
         return {}
     found = drawn if isinstance(drawn, Mapping) else {"figure": drawn}
     return {_slug(str(key)): figure for key, figure in found.items()}
-
-
-def write_page(folder: Path) -> None:
-    """The report, where this mechmm can write one."""
-    if find_spec("mechmm.runs.page") is not None:
-        from importlib import import_module
-
-        import_module("mechmm.runs.page").write(folder)
 
 
 def _slug(key: str) -> str:
@@ -446,7 +458,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _check_unchanged(found: Run) -> None:
-    """Refuse to go on with another config or other libraries."""
+    """Refuse to go on with another config, other libraries or another number of threads."""
     known = found.manifest
     for name in (GIVEN, RESOLVED):
         path = found.folder / name
@@ -462,6 +474,12 @@ def _check_unchanged(found: Run) -> None:
                 f"the run began with {name} {before.get(name)}, this is {now.get(name)}: its "
                 "numbers would not belong together; install that version, or begin anew"
             )
+    threads = torch.get_num_threads()
+    if known.get("threads", threads) != threads:
+        raise RunError(
+            f"the run began with {known['threads']} threads, this process has {threads}, and sums "
+            f"depend on it; set OMP_NUM_THREADS={known['threads']}, or begin anew"
+        )
 
 
 def _said(step: Step, results: Iterator[tuple[int, Result]]) -> Iterator[tuple[int, Result]]:

@@ -270,6 +270,36 @@ def test_a_resumed_run_that_fails_stays(halted, monkeypatch):
     assert mm.runs.open(halted).manifest["state"] == "running"
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threads", 77, "set OMP_NUM_THREADS=77"),
+        ("device", "cuda:0", "began with the device cuda:0, this is"),
+        ("dtype", "float64", "began with the dtype float64, this is"),
+    ],
+)
+def test_another_place_cannot_resume(halted, name, value, message):
+    record = json.loads((halted / "manifest.json").read_text())
+    (halted / "manifest.json").write_text(json.dumps({**record, name: value}))
+    with pytest.raises(RunError, match=message):
+        mm.runs.resume(halted)
+
+
+def test_another_processor_is_noted(halted, monkeypatch):
+    record = json.loads((halted / "manifest.json").read_text())
+    (halted / "manifest.json").write_text(json.dumps({**record, "processor": "abacus"}))
+    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
+    (note,) = mm.runs.resume(halted).manifest["notes"]
+    assert "began on the processor abacus" in note
+
+
+def test_the_base_is_absolute(whole, monkeypatch):
+    monkeypatch.chdir(whole.folder.parent)
+    base = mm.runs.open(whole.folder.name).config.base
+    assert base.is_absolute()
+    assert base.samefile(whole.folder.parent)
+
+
 def write(path: Path, old: str, new: str) -> Path:
     assert old in CONFIG
     path.write_text(CONFIG.replace(old, new, 1))
@@ -333,6 +363,7 @@ def test_a_wrong_command_is_one_line(tmp_path):
         ("https://user:token@host.org/x/y.git", "https://host.org/x/y.git"),
         ("https://token@host.org/x?private_token=abc", "https://host.org/x"),
         ("ssh://git:secret@host.org:22/x", "ssh://host.org:22/x"),
+        ("https://u:p@ss@host.org/x", "https://host.org/x"),
         ("git@github.com:x/y.git", "github.com:x/y.git"),
         ("/home/somebody/repo", "repo"),
         ("file:///home/somebody/repo", "repo"),
