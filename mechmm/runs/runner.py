@@ -222,9 +222,7 @@ class _Job:
 
     def _checkpoints(self) -> dict[str, str]:
         """SHA-256 over the files of every checkpoint of a step."""
-        named = [n for step in self.config.steps for n in step.options.get("checkpoints", ())]
-        files = {name: manifest.model_files(name, self.config.base) for name in named}
-        return {name: manifest.combined(found) for name, found in files.items()}
+        return {name: manifest.combined(files) for name, files in checkpoints(self.config).items()}
 
     def check_checkpoints(self, known: Mapping[str, str]) -> None:
         """Refuse checkpoints other than those that the run began with."""
@@ -386,6 +384,12 @@ class _Job:
             ) from error
         if self.new and not any((self.out / name).exists() for name in (STEPS, RESULTS)):
             shutil.rmtree(self.out)
+
+
+def checkpoints(config: Config) -> dict[str, dict[str, str]]:
+    """Of every checkpoint of a step, the SHA-256 of its files by name; none where none are here."""
+    named = [name for step in config.steps for name in step.options.get("checkpoints", ())]
+    return {name: manifest.model_files(name, config.base) for name in named}
 
 
 def _join(folders: Sequence[Path], joined: Path) -> None:
