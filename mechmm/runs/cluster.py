@@ -119,7 +119,8 @@ class Workers:
 
     Attributes:
         digest: of the model's files, over all of them.
-        idle: that are ready. busy: what each reference belongs to.
+        idle: that are ready. busy: what each reference belongs to. lost: how many died while they
+            loaded the model.
     """
 
     config: Config
@@ -207,8 +208,8 @@ class Workers:
         ray = _ray()
         with suppress(Exception):
             ray.kill(worker)
-        self.lost += 1
         if number is None:
+            self.lost += 1
             often, what = self.lost, "workers died while they loaded the model"
         else:
             tries[number] += 1

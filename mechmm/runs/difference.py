@@ -99,6 +99,8 @@ def environment(manifest: Mapping[str, Any]) -> dict[str, Any]:
     parts["model.sha256"] = manifest["model"].get("sha256")
     for name, pairs in manifest["pairs"].items():
         parts[f"pairs.{name}.sha256"] = pairs.get("sha256")
+    for name, digest in (manifest.get("checkpoints") or {}).items():
+        parts[f"checkpoints.{name}.sha256"] = digest
     return {**dict(_flatten(found)), **parts}
 
 

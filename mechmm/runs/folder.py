@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,9 @@ from mechmm.runs.paths import (
     read_manifest,
 )
 from mechmm.runs.place import Place
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
+"""Names that files and folders have until they are written whole."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Run:
             ConfigError: a damaged file, or one of a mechmm with other methods.
         """
         raw = json.loads((self.folder / RESOLVED).read_text())
-        base = self.folder / self.manifest.get("base", ".")
+        base = (self.folder / self.manifest.get("base", ".")).absolute()  # workers start elsewhere
         given = (self.folder / GIVEN).read_bytes()
         overrides = tuple(raw.pop("overrides", ()))
         return configs.parse(raw, Place(RESOLVED), base, given, overrides)
@@ -147,8 +151,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def sweep_up(folder: Path) -> None:
-    """Remove what a killed process left half-written (its names begin with a dot)."""
+    """Remove what a killed process left half-written, and nothing that somebody else put there."""
     for path in sorted(folder.rglob(".*")):
-        if path.name == LOCK or not path.exists():
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if _UNFINISHED.fullmatch(path.name) and not path.is_symlink() and path.exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -37,7 +37,8 @@ _MODEL_FILES = (
     ".pt",
     ".tiktoken",
 )
-_USERINFO = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/@\s'\"]*@")
+# Up to the last @, which a password may have, too.
+_USERINFO = re.compile(r"(\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s'\"]*@")
 
 
 def machine() -> dict[str, Any]:

@@ -25,11 +25,12 @@ from typing import Any
 from rich.console import Console
 
 from mechmm.runs import manifest as manifests
+from mechmm.runs.config import Config
 from mechmm.runs.difference import Difference, diff, print_difference
 from mechmm.runs.engines import Engine
 from mechmm.runs.folder import Run
 from mechmm.runs.paths import FIGURES, PAIRS, RESULTS, WEIGHTS, RunError
-from mechmm.runs.runner import run
+from mechmm.runs.runner import checkpoints, run
 from mechmm.runs.verification import Verification, verify
 
 RELATIVE = 1e-4
@@ -49,12 +50,16 @@ class Replay:
         relative: how far numbers may be apart: 0 with equal versions on an equal machine.
         folder: of the new run, where it was kept.
         absent: files of the first run that were not there.
+        elsewhere: entries of the manifests on which last digits depend, and that differ.
+        threads: of the first run, where this process has another number.
     """
 
     difference: Difference
     relative: float
     folder: Path | None
     absent: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    threads: int | None = None
 
     @property
     def agrees(self) -> bool:
@@ -64,7 +69,7 @@ class Replay:
     def as_json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
         facts = {"agrees": self.agrees, "relative": self.relative, "absent": list(self.absent)}
-        return {**facts, **self.difference.as_json()}
+        return {**facts, "elsewhere": list(self.elsewhere), **self.difference.as_json()}
 
 
 def replay(
@@ -80,7 +85,8 @@ def replay(
 
     Raises:
         FileNotFoundError: the folder is no run.
-        RunError: it does not verify, is of a newer format, or the model's files are others now.
+        RunError: it does not verify, is of a newer format, or the files of the model or of a
+            checkpoint are others now.
         ConfigError: its config is of a mechmm with other methods.
         Interrupted: Ctrl-C.
     """
@@ -92,6 +98,7 @@ def replay(
     config, weights = old.config, folder / WEIGHTS
     source = Path(model) if model else weights if weights.is_dir() else None
     _check_model(old, source)
+    _check_checkpoints(old, config)
     engine = Engine(chunk=config.engine.chunk, tokens=config.engine.tokens)
     anew = any(name.startswith(f"{PAIRS}/") for name in found.missing)
     with TemporaryDirectory(prefix="mechmm-replay-") as near:
@@ -99,9 +106,13 @@ def replay(
         saved = None if anew else folder / PAIRS
         again = run(replace(config, engine=engine), new, saved=saved, source=source)
         _check_same(old, again)
-        relative = 0.0 if _alike(old.manifest, again.manifest) else RELATIVE
+        _check_checkpoints(old, config)  # those that the hub gave meanwhile
         apart = diff(folder, new, partial=bool(found.missing))
-        return Replay(apart, relative, new if out else None, found.missing)
+        elsewhere = _elsewhere(old.manifest, again.manifest)
+        exact = not elsewhere and (_tells_all(old.manifest) or apart.agrees())
+        threads = old.manifest["threads"] if "threads" in elsewhere else None
+        kept = new if out else None
+        return Replay(apart, 0.0 if exact else RELATIVE, kept, found.missing, elsewhere, threads)
 
 
 def _enough(found: Verification) -> bool:
@@ -121,6 +132,18 @@ def _check_model(old: Run, source: Path | None) -> None:
         )
     if now:
         _refuse_other(named, now)
+
+
+def _check_checkpoints(old: Run, config: Config) -> None:
+    """Refuse checkpoints whose files are others now; those of the hub may still have to come."""
+    known, nothing = old.manifest.get("checkpoints", {}), manifests.combined({})
+    for name, files in checkpoints(config).items():
+        before, now = known.get(name, nothing), manifests.combined(files)
+        if nothing not in (before, now) and before != now:
+            raise RunError(
+                f"the checkpoint {name} is not the one that ran: its files have the SHA-256 {now}, "
+                f"the run's had {before}; put the run's files back where its config says"
+            )
 
 
 def _check_same(old: Run, new: Run) -> None:
@@ -148,8 +171,15 @@ def _refuse_other(named: Mapping[str, Any], now: Mapping[str, str]) -> None:
     )
 
 
-def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one.get(key) == other.get(key) for key in MATTERS)
+def _elsewhere(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[str, ...]:
+    """Entries that differ, of those that the old manifest has."""
+    return tuple(key for key in MATTERS if key in old and old[key] != new.get(key))
+
+
+def _tells_all(old: Mapping[str, Any]) -> bool:
+    """Whether a manifest says all on which last digits depend; older ones have no processor, so
+    that of theirs equal numbers cannot be demanded."""
+    return all(key in old for key in MATTERS)
 
 
 def print_replay(found: Replay) -> None:
@@ -161,5 +191,10 @@ def print_replay(found: Replay) -> None:
     if found.absent:
         said += f" (of what is there: {len(found.absent)} files of the run were left out)"
     Console().print(said, highlight=False)
+    if found.elsewhere:
+        print(f"not as the run had it: {', '.join(found.elsewhere)}")
+    if found.threads is not None:
+        others = " and the rest as it was" if len(found.elsewhere) > 1 else ""
+        print(f"with OMP_NUM_THREADS={found.threads}{others} all numbers would have to be equal")
     if found.folder is not None:
         print(f"run: {found.folder}")

@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+import torch
 
 import mechmm
 from mechmm.data.pairs import PairDataset, PairError
@@ -102,7 +103,7 @@ def run(
         name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
         for name, one in config.pairs.items()
     }
-    job = _Job(config, out, model, sets, start)
+    job = _Job(config, out, model, sets, start, new=True)
     job.check()
     job.begin(facts)
     with locked(out):
@@ -121,7 +122,6 @@ def resume(folder: str | Path) -> Run:
     folder = Path(folder)
     found = Run.open(folder)
     with locked(folder):
-        sweep_up(folder)
         found = Run.open(folder)
         if found.finished:
             return found
@@ -138,18 +138,22 @@ def resume(folder: str | Path) -> Run:
                 raise RunError(f"the pairs in {folder / PAIRS / name} changed since the run began")
         job = _Job(config, folder, model, sets, start)
         job.check_checkpoints(found.manifest.get("checkpoints", {}))
+        job.check_place(found.manifest)
+        sweep_up(folder)
         return job.go()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A config with its model and pairs, and the folder that it writes into."""
+    """A config with its model and pairs, and the folder that it writes into, which is `new` where
+    this process makes it."""
 
     config: Config
     out: Path
     model: HookedMultimodal
     sets: Mapping[str, PairDataset]
     start: float
+    new: bool = False
 
     def scene(self) -> Scene:
         return Scene(self.model, self.sets, self._result, self.config.base)
@@ -197,8 +201,7 @@ class _Job:
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": 0.0,
             "peak_memory_bytes": 0,
-            "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **self._place(),
             "seed": config.seed,
             "base": Path(os.path.relpath(config.base, self.out.absolute())).as_posix(),
             **manifest.machine(),
@@ -219,15 +222,30 @@ class _Job:
 
     def _checkpoints(self) -> dict[str, str]:
         """SHA-256 over the files of every checkpoint of a step."""
-        named = [n for step in self.config.steps for n in step.options.get("checkpoints", ())]
-        files = {name: manifest.model_files(name, self.config.base) for name in named}
-        return {name: manifest.combined(found) for name, found in files.items()}
+        return {name: manifest.combined(files) for name, files in checkpoints(self.config).items()}
 
     def check_checkpoints(self, known: Mapping[str, str]) -> None:
         """Refuse checkpoints other than those that the run began with."""
         for name, found in self._checkpoints().items():
             if found != known.get(name):
                 raise RunError(f"the files of checkpoint {name} changed since the run began")
+
+    def check_place(self, known: Mapping[str, Any]) -> None:
+        """Refuse another device or dtype than the run began with; note another processor."""
+        for name, now in self._place().items():
+            if now != known.get(name, now):
+                raise RunError(
+                    f"the run began with the {name} {known[name]}, this is {now}: its numbers "
+                    "would not belong together; go on where it began, or begin anew"
+                )
+        before, now = known.get("processor"), manifest.processor(self.model.device)
+        if before not in (None, now):
+            note = f"began on the processor {before}, resumed on {now}: last digits may differ"
+            self._note(notes=sorted({*known.get("notes", ()), note}))
+
+    def _place(self) -> dict[str, str]:
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"device": str(self.model.device), "dtype": dtype}
 
     # Running ---------------------------------------------------------------------------------
 
@@ -334,6 +352,8 @@ class _Job:
     # Ending ----------------------------------------------------------------------------------
 
     def _finish(self) -> Run:
+        from mechmm.runs import page  # plotly takes long to load
+
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
         wanted = {(headline.step, headline.table) for headline in self.config.headlines}
@@ -341,7 +361,7 @@ class _Job:
         found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
-        write_page(self.out)
+        page.write(self.out)
         self._note(state=FINISHED, outputs=manifest.outputs(self.out))
         return Run.open(self.out)
 
@@ -356,14 +376,20 @@ class _Job:
         )
 
     def _fail(self, error: Exception) -> None:
-        """A run that has finished nothing leaves nothing behind."""
+        """A new run that has finished nothing leaves nothing behind; a resumed one stays."""
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RunError(
                 f"the disk is full; finished chunks are intact: make room, then go on with "
                 f"mechmm run --resume {self.out}"
             ) from error
-        if not any((self.out / name).exists() for name in (STEPS, RESULTS)):
+        if self.new and not any((self.out / name).exists() for name in (STEPS, RESULTS)):
             shutil.rmtree(self.out)
+
+
+def checkpoints(config: Config) -> dict[str, dict[str, str]]:
+    """Of every checkpoint of a step, the SHA-256 of its files by name; none where none are here."""
+    named = [name for step in config.steps for name in step.options.get("checkpoints", ())]
+    return {name: manifest.model_files(name, config.base) for name in named}
 
 
 def _join(folders: Sequence[Path], joined: Path) -> None:
@@ -386,14 +412,6 @@ def figures(result: Result) -> dict[str, Any]:
         return {}
     found = drawn if isinstance(drawn, Mapping) else {"figure": drawn}
     return {_slug(str(key)): figure for key, figure in found.items()}
-
-
-def write_page(folder: Path) -> None:
-    """The report, where this mechmm can write one."""
-    if find_spec("mechmm.runs.page") is not None:
-        from importlib import import_module
-
-        import_module("mechmm.runs.page").write(folder)
 
 
 def _slug(key: str) -> str:
@@ -444,7 +462,7 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _check_unchanged(found: Run) -> None:
-    """Refuse to go on with another config or other libraries."""
+    """Refuse to go on with another config, other libraries or another number of threads."""
     known = found.manifest
     for name in (GIVEN, RESOLVED):
         path = found.folder / name
@@ -460,6 +478,12 @@ def _check_unchanged(found: Run) -> None:
                 f"the run began with {name} {before.get(name)}, this is {now.get(name)}: its "
                 "numbers would not belong together; install that version, or begin anew"
             )
+    threads = torch.get_num_threads()
+    if known.get("threads", threads) != threads:
+        raise RunError(
+            f"the run began with {known['threads']} threads, this process has {threads}, and sums "
+            f"depend on it; set OMP_NUM_THREADS={known['threads']}, or begin anew"
+        )
 
 
 def _said(step: Step, results: Iterator[tuple[int, Result]]) -> Iterator[tuple[int, Result]]:

@@ -105,6 +105,25 @@ def test_without_ray_nothing_begins(config, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+class Nothing:
+    """Ray, as far as it ends a worker."""
+
+    def kill(self, worker):
+        pass
+
+
+def test_only_workers_that_die_while_loading_count_as_lost(config, monkeypatch):
+    monkeypatch.setattr(cluster, "_ray", Nothing)
+    monkeypatch.setattr(cluster.Workers, "_start", lambda self: None)
+    found = load(config, [*RAY, "engine.retries=1"])
+    workers, tries = cluster.Workers(found, "", None), {0: 0, 1: 0, 2: 0}
+    for number in tries:
+        workers._replace(None, found.steps[0], number, tries, OSError("killed"))
+    workers._replace(None, found.steps[0], None, tries, OSError("killed"))
+    with pytest.raises(RunError, match="died while they loaded"):
+        workers._replace(None, found.steps[0], None, tries, OSError("killed"))
+
+
 # With Ray ------------------------------------------------------------------------------------
 
 

@@ -12,10 +12,11 @@ from typer.testing import CliRunner
 
 from mechmm.cli import app
 from mechmm.results.result import Result
-from mechmm.runs import manifest
+from mechmm.runs import manifest, replaying
 from mechmm.runs.archive import pack, unpack
+from mechmm.runs.difference import environment
 from mechmm.runs.paths import RunError
-from mechmm.runs.replaying import RELATIVE, replay
+from mechmm.runs.replaying import RELATIVE, print_replay, replay
 from mechmm.runs.runner import run
 from mechmm.runs.verification import verify
 from mechmm.zoo.recipe import build_model, save
@@ -144,6 +145,36 @@ def test_another_model_is_refused_before_it_runs(folder):
     answer = CliRunner().invoke(app, ["replay", str(folder)])
     assert answer.exit_code == 1
     assert "is not the one that ran" in answer.stderr
+
+
+def test_another_number_of_threads_is_said(folder, capsys):
+    seal(folder, threads=77)
+    found = replay(folder)
+    assert (found.relative, found.elsewhere, found.threads) == (RELATIVE, ("threads",), 77)
+    print_replay(found)
+    said = capsys.readouterr().out
+    assert "not as the run had it: threads\n" in said
+    assert "with OMP_NUM_THREADS=77 all numbers" in said
+
+
+def test_a_manifest_from_before_processors_were_noted_is_compared_in_the_rest(folder):
+    known = json.loads((folder / "manifest.json").read_text())
+    known.pop("processor")
+    (folder / "manifest.json").write_text(json.dumps(known))
+    found = replay(folder)
+    assert found.agrees
+    assert (found.relative, found.elsewhere) == (0, ())
+
+
+def test_another_checkpoint_is_refused_before_any_step(folder, monkeypatch):
+    known = {"early": "0" * 64}
+    seal(folder, checkpoints=known)
+    monkeypatch.setattr(replaying, "checkpoints", lambda config: {"early": {"a": "b"}})
+    monkeypatch.setattr(replaying, "run", None)
+    with pytest.raises(RunError, match="the checkpoint early is not the one that ran"):
+        replay(folder)
+    record = json.loads((folder / "manifest.json").read_text())
+    assert environment(record)["checkpoints.early.sha256"] == "0" * 64
 
 
 def test_a_model_that_is_not_there_is_asked_for(folder, tmp_path):

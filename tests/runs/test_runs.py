@@ -242,6 +242,66 @@ def test_what_changed_cannot_be_resumed(halted):
         mm.runs.resume(halted)
 
 
+def test_only_what_was_half_written_is_swept_up_and_only_at_last(halted, whole, monkeypatch):
+    own = [halted / ".note", halted / "pairs" / ".git", whole.folder / ".half.0123abcd"]
+    half = halted / "pairs" / ".color.0123abcd"
+    for folder in (*own, half):
+        folder.mkdir()
+    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
+    path = halted / "config.toml"
+    before = path.read_bytes()
+    path.write_bytes(before + b"#")
+    with pytest.raises(RunError, match="changed"):
+        mm.runs.resume(halted)
+    assert half.exists()
+    path.write_bytes(before)
+    mm.runs.resume(halted)
+    mm.runs.resume(whole.folder)
+    assert not half.exists()
+    assert all(folder.exists() for folder in own)
+    own[-1].rmdir()
+
+
+def test_a_resumed_run_that_fails_stays(halted, monkeypatch):
+    def broken(job, *rest):
+        raise OSError("no card")
+
+    monkeypatch.setattr(runner._Job, "_run", broken)
+    with pytest.raises(OSError, match="no card"):
+        mm.runs.resume(halted)
+    assert mm.runs.open(halted).manifest["state"] == "running"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("threads", 77, "set OMP_NUM_THREADS=77"),
+        ("device", "cuda:0", "began with the device cuda:0, this is"),
+        ("dtype", "float64", "began with the dtype float64, this is"),
+    ],
+)
+def test_another_place_cannot_resume(halted, name, value, message):
+    record = json.loads((halted / "manifest.json").read_text())
+    (halted / "manifest.json").write_text(json.dumps({**record, name: value}))
+    with pytest.raises(RunError, match=message):
+        mm.runs.resume(halted)
+
+
+def test_another_processor_is_noted(halted, monkeypatch):
+    record = json.loads((halted / "manifest.json").read_text())
+    (halted / "manifest.json").write_text(json.dumps({**record, "processor": "abacus"}))
+    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
+    (note,) = mm.runs.resume(halted).manifest["notes"]
+    assert "began on the processor abacus" in note
+
+
+def test_the_base_is_absolute(whole, monkeypatch):
+    monkeypatch.chdir(whole.folder.parent)
+    base = mm.runs.open(whole.folder.name).config.base
+    assert base.is_absolute()
+    assert base.samefile(whole.folder.parent)
+
+
 def write(path: Path, old: str, new: str) -> Path:
     assert old in CONFIG
     path.write_text(CONFIG.replace(old, new, 1))
@@ -305,6 +365,7 @@ def test_a_wrong_command_is_one_line(tmp_path):
         ("https://user:token@host.org/x/y.git", "https://host.org/x/y.git"),
         ("https://token@host.org/x?private_token=abc", "https://host.org/x"),
         ("ssh://git:secret@host.org:22/x", "ssh://host.org:22/x"),
+        ("https://u:p@ss@host.org/x", "https://host.org/x"),
         ("git@github.com:x/y.git", "github.com:x/y.git"),
         ("/home/somebody/repo", "repo"),
         ("file:///home/somebody/repo", "repo"),
