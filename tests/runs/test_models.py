@@ -15,6 +15,7 @@ def test_files_that_the_hub_gives_while_loading_are_hashed(tmp_path, monkeypatch
 
     def loaded(name, **options):
         (snapshot / "model.safetensors").write_bytes(b"weights")
+        return object.__new__(HookedMultimodal)
 
     monkeypatch.setattr(manifest, "model_folder", lambda *place: snapshot)
     monkeypatch.setattr(HookedMultimodal, "from_pretrained", loaded)
