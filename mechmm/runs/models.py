@@ -29,7 +29,9 @@ def load_model(
     """
     place = (config.name, base) if given is None else (str(given.absolute()), Path())
     files = manifest.model_files(*place, config.revision)
-    if files:
+    folder = manifest.model_folder(*place, config.revision)
+    cached = folder is not None and folder.parent.name == "snapshots"
+    if files and not cached:  # a cache may hold only some of the files yet
         _check_model(config, files)
     options = {
         "revision": config.revision,
@@ -39,7 +41,7 @@ def load_model(
     }
     source = base / config.name if given is None else given
     model = HookedMultimodal.from_pretrained(source if source.is_dir() else config.name, **options)
-    if not files:  # now the hub's snapshot is there
+    if not files or cached:  # now the hub's snapshot is whole
         files = manifest.model_files(*place, config.revision)
         _check_model(config, files)
     facts = {"name": config.name, "revision": config.revision, "files": files}
