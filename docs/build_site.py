@@ -29,7 +29,12 @@ CONTENTS = {
     ),
     "Methods": ("docs/methods/patching.md", "docs/methods/circuits.md", "docs/methods/*.md"),
     "API": tuple(f"api/{room}.rst" for room in ROOMS),
-    "Findings": ("experiments/README.md", "experiments/LOG.md", "experiments/*/README.md", "experiments/*/*.md"),
+    "Findings": (
+        "experiments/README.md",
+        "experiments/LOG.md",
+        "experiments/*/README.md",
+        "experiments/*/*.md",
+    ),
     "About": ("docs/performance.md", "docs/benchmarks.md", "docs/*.md", "*.md", "mechmm/**/*.md"),
 }
 """The pages in their order; a pattern stands for all that have not been named."""
