@@ -68,7 +68,6 @@ class Scene:
 
     Attributes:
         pairs: the sets by name. result: an earlier step's. base: where relative paths start.
-        folder: of every set, saved.
     """
 
     model: HookedMultimodal

@@ -22,6 +22,7 @@ import torch
 import mechmm
 from mechmm.model.hooked import DEMO
 from mechmm.runs.paths import LOCK, MANIFEST
+from mechmm.runs.verification import file_digest
 
 MOST = 200_000
 """Characters of a diff that are kept."""
@@ -90,21 +91,12 @@ def peak_memory() -> int:
 # Files ---------------------------------------------------------------------------------------
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        found = sha256()
-        while block := file.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()
-
-
 def outputs(folder: Path) -> dict[str, str]:
     """SHA-256 by relative path of every file but the manifest and what begins with a dot."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     named = ((path.relative_to(folder), path) for path in files)
     return {
-        name.as_posix(): digest(path)
+        name.as_posix(): file_digest(path)
         for name, path in named
         if name.as_posix() not in (MANIFEST, LOCK) and not any(p[0] == "." for p in name.parts)
     }
@@ -116,7 +108,7 @@ def model_files(name: str, base: Path, revision: str | None = None) -> dict[str,
     if folder is None:
         return {}
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
-    return {path.name: digest(path) for path in files if path.suffix in _MODEL_FILES}
+    return {path.name: file_digest(path) for path in files if path.suffix in _MODEL_FILES}
 
 
 def combined(files: Mapping[str, str]) -> str:
@@ -168,7 +160,7 @@ def lock_digest(base: Path) -> str | None:
     """SHA-256 of the repository's requirements.lock."""
     root = repository(base)
     path = None if root is None else root / "requirements.lock"
-    return digest(path) if path is not None and path.is_file() else None
+    return file_digest(path) if path is not None and path.is_file() else None
 
 
 def address(remote: str) -> str | None:

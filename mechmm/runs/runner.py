@@ -54,6 +54,7 @@ from mechmm.runs.paths import (
     RunError,
 )
 from mechmm.runs.terminal import progress
+from mechmm.runs.verification import file_digest
 
 SAME = ("torch", "transformers", "transformer-lens")
 """Packages whose version a resumed run must share with its beginning."""
@@ -307,8 +308,9 @@ class _Job:
     def _check_headlines(self, step: Step, found: Result) -> None:
         """Refuse columns that a step's table does not have as soon as there is one."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
+        read = tables.read_each(found, (headline.table for headline in own))
         for headline in own:
-            heads.check_columns(headline, tables.read(found, headline.table))
+            heads.check_columns(headline, read[headline.table])
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -356,9 +358,12 @@ class _Job:
 
         if (self.out / STEPS).exists():
             shutil.rmtree(self.out / STEPS)
-        wanted = {(headline.step, headline.table) for headline in self.config.headlines}
-        read = {key: tables.read(self._result(key[0]), key[1]) for key in wanted}
-        found = [heads.measured(one, read[one.step, one.table]) for one in self.config.headlines]
+        asked = self.config.headlines
+        read = {
+            step: tables.read_each(self._result(step), (h.table for h in asked if h.step == step))
+            for step in {headline.step for headline in asked}
+        }
+        found = [heads.measured(one, read[one.step][one.table]) for one in asked]
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         page.write(self.out)
@@ -466,7 +471,7 @@ def _check_unchanged(found: Run) -> None:
     known = found.manifest
     for name in (GIVEN, RESOLVED):
         path = found.folder / name
-        if not path.is_file() or manifest.digest(path) != known["outputs"].get(name):
+        if not path.is_file() or file_digest(path) != known["outputs"].get(name):
             raise RunError(
                 f"{path} changed since the run began; put it back, or begin anew in another folder"
             )

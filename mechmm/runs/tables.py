@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_type_hints
 
 import pandas as pd
@@ -26,6 +26,11 @@ def read(result: Result, name: str = MAIN) -> pd.DataFrame:
     """A table of a result."""
     found: Any = getattr(result, name)
     return found if isinstance(found, pd.DataFrame) else found()
+
+
+def read_each(result: Result, some: Iterable[str]) -> dict[str, pd.DataFrame]:
+    """Some tables of a result by name; each is made once."""
+    return {name: read(result, name) for name in sorted(set(some))}
 
 
 def _gives(member: Callable[..., Any]) -> bool:

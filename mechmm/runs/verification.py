@@ -8,9 +8,9 @@ The manifest itself is covered by the digest that `Verification` gives: cite it 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -107,11 +107,8 @@ def is_inside(name: str) -> bool:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content, which need not fit in memory."""
-    found = sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is(path: Path, digest: str) -> bool:
