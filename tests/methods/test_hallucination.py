@@ -102,5 +102,12 @@ def test_bad_input_is_refused(demo, dim):
         with pytest.raises(InputError, match="other texts than those generated from"):
             mm.ContrastiveDecoding(demo, one, other)
     right = Hallucination(torch.zeros(1, 3).long(), ("plain",), (), torch.zeros(1, 3), ("doubt",))
-    with pytest.raises(ValueError, match="all 3 answers are right"):
+    with pytest.raises(ValueError, match="all 3 plain answers are right"):
         right.predictors()
+
+
+def test_a_model_that_never_errs_has_a_report_all_the_same(demo):
+    found = mm.hallucination(demo, shapes.prior_pairs(demo, 3, seed=0), UNSEEN)
+    assert (found.said[0] == 0).all()
+    assert set(found.plot()) == {"errors"}
+    assert "no signal can tell" in found.page("Hallucination").html()
