@@ -201,8 +201,8 @@ class Observed(Result):
             return "Nothing was ablated, so this is observation alone: give pairs for that."
         if not self._ablated():
             return (
-                "Nothing was ablated, so this is observation alone: none of the positions that were "
-                "read could hold the answer before it is given."
+                "Nothing was ablated, so this is observation alone: none of the positions that "
+                "were read could hold the answer before it is given."
             )
         drops = self.drops()
         worst = drops["drop"].idxmax()
