@@ -228,11 +228,11 @@ class InputAttribution(Result):
         table = table.assign(x=table["parts"])
         chance = self.agreement().set_index(["with", "absolute"]).loc["random"]
         low, high = float(chance["low"].min()), float(chance["high"].max())
+        series = {"of the scores": table[~table["absolute"]]}
+        if bool((self.scores < 0).any()):  # else both are one
+            series["of their sizes"] = table[table["absolute"]]
         return lines(
-            {
-                "of the scores": table[~table["absolute"]],
-                "of their sizes": table[table["absolute"]],
-            },
+            series,
             f"{self.method}: weights drawn anew from the logits down, {len(self.full)} pairs",
             "rank correlation over patches with the trained model's map",
             x_title="parts drawn anew (the last: all)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -162,7 +163,7 @@ def test_untrained_models_get_their_weights_back_from_the_inputs_up(family):
     assert parts[0][0] == "unembedding"
     assert parts[0][-1] == "embeddings and the rest"
     assert [len(names) for names in parts] == list(range(len(parts[0]), 0, -1))
-    assert all(less < more for more, less in zip(missing, missing[1:], strict=False))
+    assert all(less < more for more, less in pairwise(missing))
     tower = model.towers["language"]
     tied = {id(tower.unembed.weight)}
     assert missing[-1]
