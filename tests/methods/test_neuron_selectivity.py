@@ -25,7 +25,7 @@ def found(demo, same):
     return mm.neuron_selectivity(demo, same, n_shuffled=8)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3", "internvl"])
 def test_it_is_what_is_counted_by_hand(family):
     model, pairs = tiny_pairs(family, 3)
     found = mm.neuron_selectivity(model, pairs, threshold=0.01, batch_size=2)
