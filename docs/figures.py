@@ -64,6 +64,11 @@ def back_patch() -> Figure:
     return mm.back_patch(demo(), pairs, n_null=3).plot()["held out"]
 
 
+def cascade() -> Figure:
+    found = mm.input_attribution(demo(), colors(6, 0), "grad-cam", cascade=True)
+    return found.plot()["cascade"]
+
+
 def circuits() -> Figure:
     scores = mm.attribute(demo(), colors(16), method="eap-ig-inputs", steps=5)
     return mm.faithfulness_curve(demo(), colors(16, 99), scores).plot()["curve"]
@@ -261,6 +266,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "acdc": acdc,
     "attention": attention,
     "back_patch": back_patch,
+    "cascade": cascade,
     "circuits": circuits,
     "cka": cka,
     "deletion_insertion": deletion_insertion,
@@ -287,7 +293,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "text_span": text_span,
     "tuned_lens": tuned_lens,
 }
-"""Page of `docs/methods/` -> what draws its figure."""
+"""Page of `docs/methods/`, or a second figure of one -> what draws it."""
 
 
 def draw(page: str) -> None:

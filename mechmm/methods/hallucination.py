@@ -94,10 +94,11 @@ class Hallucination(Result):
             ValueError: all plain answers are right, or all wrong.
         """
         wrong = (self.said[0] != 0).numpy()
-        if wrong.all() or not wrong.any():
+        if not self._divided():
             raise ValueError(
-                f"all {len(wrong)} answers are {'wrong' if wrong.all() else 'right'}: no signal "
-                "tells errors from the rest; distort the pictures less or more, or ask more pairs"
+                f"all {len(wrong)} plain answers are {'wrong' if wrong.all() else 'right'}: no "
+                "signal tells errors from the rest; ask more pairs, or about pictures that are "
+                "harder or easier to see"
             )
         rng = np.random.default_rng(seed)
         values = self.signals.double().numpy()
@@ -116,10 +117,15 @@ class Hallucination(Result):
         }
         return pd.DataFrame({"signal": self.names, "auroc": area, **ends})
 
+    def _divided(self) -> bool:
+        """Whether some plain answers are right and some wrong."""
+        return 0 < int((self.said[0] != 0).sum()) < self.said.shape[1]
+
     def plot(self) -> dict[str, Figure]:
         """Figures by name: `errors`, the share of prior-driven errors by way of answering, and
-        `signals`, how well each predicts errors, over the range of permuted labels."""
-        table, signals = self.to_dataframe(), self.predictors()
+        `signals`, how well each predicts errors, over the range of permuted labels; not where all
+        plain answers are right, or all wrong."""
+        table = self.to_dataframe()
         names = [row.way + " (control)" * row.control for row in table.itertuples()]
         share, low, high = (table[name].to_numpy(float) for name in ("foil", "low", "high"))
         errors = plots.bars(
@@ -130,9 +136,13 @@ class Hallucination(Result):
             f"answers that language expects, {self.said.shape[1]} prompts",
             value_title="share of prior-driven errors",
         )
+        return {"errors": errors, **({"signals": self._signals()} if self._divided() else {})}
+
+    def _signals(self) -> Figure:
+        signals = self.predictors()
         null = float(signals["null_low"].min()), float(signals["null_high"].max())
         area, low, high = (signals[name].to_numpy(float) for name in ("auroc", "low", "high"))
-        found = plots.bars(
+        return plots.bars(
             list(self.names),
             area,
             low,
@@ -142,24 +152,34 @@ class Hallucination(Result):
             value_title="AUROC",
             null_title="permuted labels",
         )
-        return {"errors": errors, "signals": found}
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
-        """A report: both figures and both tables."""
-        contents = [*self.plot().values(), self.to_dataframe(), self.predictors()]
+        """A report: the figures and tables that there are."""
+        contents = [*self.plot().values(), self.to_dataframe()]
+        contents += [self.predictors()] if self._divided() else []
         return Page(title, self.summary(), [Section("Hallucination", contents)], facts or {})
 
     def summary(self) -> str:
         """How often the model errs, what tells, and what helps, in words."""
-        table, signals = self.to_dataframe(), self.predictors()
-        plain, best = table.iloc[0], signals.loc[signals["auroc"].idxmax()]
+        table = self.to_dataframe()
+        plain = table.iloc[0]
         own = table[~table["control"]].iloc[1:]
         mend = own.loc[own["foil"].idxmin()]
         return (
             f"{self.said.shape[1]} prompts: {plain['right']:.2f} right, {plain['foil']:.2f} what "
-            f"language expects. Best predictor of errors: {best['signal']}, AUROC "
-            f"{best['auroc']:.2f}; {self.names[0]} has {signals['auroc'].iloc[0]:.2f}. "
+            f"language expects. {self._best()}"
             f"{mend['way']} changes the share of prior-driven errors by {mend['change']:+.2f}."
+        )
+
+    def _best(self) -> str:
+        """The best predictor beside the bar to beat, in words."""
+        if not self._divided():
+            return "So no signal can tell errors from the rest. "
+        signals = self.predictors()
+        best = signals.loc[signals["auroc"].idxmax()]
+        return (
+            f"Best predictor of errors: {best['signal']}, AUROC {best['auroc']:.2f}; "
+            f"{self.names[0]} has {signals['auroc'].iloc[0]:.2f}. "
         )
 
 

@@ -18,7 +18,10 @@ Captum's own gradients, ablation and sampling are used (`pip install "mechmm[cap
 through an identity laid at the image tokens, because Captum takes the second axis for channels.
 
 A map that would be the same without training says nothing of the model (Adebayo et al. 1810.03292).
-So the same attribution of the untrained model stands beside it, and random scores.
+So the same attribution of the untrained model stands beside it, and random scores. With `cascade`
+weights are also drawn anew part by part from the logits down: the unembedding, the language model's
+blocks, projectors, the other towers' blocks, embeddings. Where a map stays what it was although
+the parts above it say nothing any more, it is about the picture and not about the answer.
 """
 
 from __future__ import annotations
@@ -45,8 +48,10 @@ from mechmm.engine.lensed import first_picture
 from mechmm.engine.presence import Presence, check_game
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.layout import IMAGE, SpanError
+from mechmm.model.untrained import restored
 from mechmm.model.untrained import untrained as drawn_anew
 from mechmm.results import plots
+from mechmm.results.lines import lines
 from mechmm.results.report import Page, Section
 from mechmm.results.result import Result
 from mechmm.results.statistics import bootstrap_interval, rank_correlation
@@ -77,6 +82,9 @@ class InputAttribution(Result):
         method, baseline, metric: names. steps: of the integral, or orders. side: blocks along a
             side of the picture, 0: patches.
         picture: of the first example.
+        cascade: scores with the weights of the first of some parts drawn anew, of the first two,
+            and so on but for the last, where `untrained` begins [part, example, feature], or None.
+        parts: their names from the logits down, the last included.
     """
 
     scores: Float[Tensor, "example feature"] = field(metadata={"axis": 0})
@@ -94,6 +102,10 @@ class InputAttribution(Result):
     steps: int
     side: int
     picture: Image.Image | None = field(default=None, metadata={"keep": "first"})
+    cascade: Float[Tensor, "part example feature"] | None = field(
+        default=None, metadata={"axis": 1}
+    )
+    parts: tuple[str, ...] = ()
 
     def gap(self) -> Float[Tensor, " example"]:
         """|sum of scores - (v(1) - v(0))| / |v(1) - v(0)|; NaN of methods without that axiom."""
@@ -150,21 +162,46 @@ class InputAttribution(Result):
         """Spearman's rank correlation of the scores with those of the untrained model and with
         random ones, over the patches of an example: of the scores, and of their sizes (`absolute`);
         mean over examples and 95 % interval. Examples with constant maps are left out."""
-        rows = []
-        for name, values in self._maps().items():
-            for absolute in (False, True) if name != "scores" else ():
-                one, other = (v.abs() if absolute else v for v in (self.scores, values))
-                found = rank_correlation(one, other, self._image)
-                found = found[~found.isnan()]
-                rows.append((name, absolute, *_interval(found), len(found)))
+        others = {name: values for name, values in self._maps().items() if name != "scores"}
+        rows = [(name, *row) for name, values in others.items() for row in self._alike(values)]
         columns = ["with", "absolute", "correlation", "low", "high", "examples"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _alike(self, values: Float[Tensor, "example feature"]) -> list[tuple]:
+        """(absolute, correlation, low, high, examples) of the scores with others."""
+        rows = []
+        for absolute in (False, True):
+            one, other = (v.abs() if absolute else v for v in (self.scores, values))
+            found = rank_correlation(one, other, self._image)
+            found = found[~found.isnan()]
+            rows.append((absolute, *_interval(found), len(found)))
+        return rows
+
+    def cascaded(self) -> pd.DataFrame:
+        """One row per number of parts drawn anew from the logits down (`parts`; `down_to`: the
+        lowest of them), for scores and for sizes: rank correlation with the trained model's map as
+        in `agreement`.
+
+        Raises:
+            ValueError: made without `cascade`.
+        """
+        if self.cascade is None:
+            raise ValueError("there is no cascade; run input_attribution(..., cascade=True)")
+        maps = [*self.cascade, self.untrained]
+        rows = [
+            (count, name, *row)
+            for count, (name, values) in enumerate(zip(self.parts, maps, strict=True), 1)
+            for row in self._alike(values)
+        ]
+        columns = ["parts", "down_to", "absolute", "correlation", "low", "high", "examples"]
         return pd.DataFrame(rows, columns=columns)
 
     # Figures ---------------------------------------------------------------------------------
 
     def plot(self) -> dict[str, Figure]:
-        """Maps over the first picture (`picture`), the share of their mass on spans (`mass`), and
-        their rank correlation with the untrained model's (`agreement`)."""
+        """Maps over the first picture (`picture`), the share of their mass on spans (`mass`), their
+        rank correlation with the untrained model's (`agreement`), and that with models whose
+        weights are drawn anew from the logits down (`cascade`)."""
         count = len(self.full)
         table, alike = self.mass(), self.agreement()
         names = [f"{row.map}, {row.span} (area {row.area:.2f})" for row in table.itertuples()]
@@ -178,11 +215,31 @@ class InputAttribution(Result):
         title = f"{self.method}: rank correlation over patches with other maps, {count} pairs"
         ends = (names, mean, low, high, title)
         figures["agreement"] = plots.bars(*ends, value_title="rank correlation")
+        if self.cascade is not None:
+            figures["cascade"] = self._cascade_figure()
         if self.picture is not None:
             figures["picture"] = self.overlay(0)
         if not self.spans:
             del figures["mass"]
         return figures
+
+    def _cascade_figure(self) -> Figure:
+        table = self.cascaded().rename(columns={"correlation": "value", "down_to": "name"})
+        table = table.assign(x=table["parts"])
+        chance = self.agreement().set_index(["with", "absolute"]).loc["random"]
+        low, high = float(chance["low"].min()), float(chance["high"].max())
+        series = {"of the scores": table[~table["absolute"]]}
+        if bool((self.scores < 0).any()):  # else both are one
+            series["of their sizes"] = table[table["absolute"]]
+        return lines(
+            series,
+            f"{self.method}: weights drawn anew from the logits down, {len(self.full)} pairs",
+            "rank correlation over patches with the trained model's map",
+            x_title="parts drawn anew (the last: all)",
+            y_title="rank correlation",
+            null=pd.DataFrame({"x": [1, len(self.parts)], "low": low, "high": high}),
+            null_title="random scores",
+        )
 
     def overlay(self, example: int = 0) -> Figure:
         """The patches of one example over the first view of its first picture, each map divided by
@@ -210,6 +267,7 @@ class InputAttribution(Result):
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: the figures and the tables."""
         contents = [*self.plot().values(), self.mass(), self.agreement()]
+        contents += [] if self.cascade is None else [self.cascaded()]
         return Page(title, self.summary(), [Section("Attribution", contents)], facts or {})
 
     def summary(self) -> str:
@@ -248,6 +306,7 @@ def input_attribution(
     steps: int | None = None,
     metric: Metric = logit_diff,
     untrained: bool = True,
+    cascade: bool = False,
     seed: int = 0,
     batch_size: int = 16,
     tokens: int | None = None,
@@ -266,19 +325,23 @@ def input_attribution(
         steps: of the integral (default 256), or orders of features (default 10).
         metric: of the clean prompt; with a gradient for `"integrated-gradients"` and `"grad-cam"`.
         untrained: also attribute the untrained model; takes a second model's memory.
+        cascade: attribute models, too, whose parts are untrained from the logits down to each
+            block; as many attributions as there are blocks. Needs `untrained`.
         seed: of orders, of random scores and of the untrained model's weights.
         batch_size, tokens: as for `patch`.
 
     Raises:
         ImportError: Captum is not installed.
         ValueError: an unknown method or baseline; steps or a side below 1; a metric without a
-            gradient; as `patch`.
+            gradient; a cascade without `untrained`; as `patch`.
         SpanError: a prompt without a picture; a span that no pair has; Grad-CAM of a model whose
             image tokens have no places.
     """
     check_choice("method", method, METHODS)
     check_limits(steps=steps, batch_size=batch_size)
     check_seed(seed)
+    if cascade and not untrained:
+        raise ValueError("a cascade ends at the untrained model; leave untrained=False away")
     check_game(model, pairs, metric, baseline)
     if method in GRADIENTS:
         check_gradient(model, pairs, metric, "clean")
@@ -290,11 +353,13 @@ def input_attribution(
     game = Presence(model, pairs, features, metric, baseline, batch_size, tokens)
     scores = _scores(game, method, count, seed)
     ends = game.values(torch.ones(1, *features.present.shape, dtype=torch.bool))
-    other = torch.full_like(scores, torch.nan)
+    other, falling, parts = torch.full_like(scores, torch.nan), None, ()
     if untrained:
         fresh = drawn_anew(model, seed)
-        theirs = PairDataset(pairs, fresh)
-        other = _scores(replace(game, model=fresh, pairs=theirs), method, count, seed)
+        theirs = replace(game, model=fresh, pairs=PairDataset(pairs, fresh))
+        other = _scores(theirs, method, count, seed)
+        if cascade:
+            falling, parts = _falling(theirs, model, method, count, seed)
     rng = np.random.default_rng(seed)
     random = torch.from_numpy(rng.standard_normal(tuple(scores.shape), dtype=np.float32))
     return InputAttribution(
@@ -313,6 +378,8 @@ def input_attribution(
         steps=count if method in COMPLETE else 0,
         side=side if side is not None else 0,
         picture=first_picture(pairs.batch([0]).clean),
+        cascade=falling,
+        parts=parts,
     )
 
 
@@ -346,6 +413,18 @@ def _scores(game: Presence, method: str, steps: int, seed: int) -> Float[Tensor,
             z, baselines=0.0, perturbations_per_eval=z.shape[1], **options
         )
     return found.float()
+
+
+def _falling(
+    game: Presence, model: HookedMultimodal, method: str, steps: int, seed: int
+) -> tuple[Float[Tensor, "part example feature"], tuple[str, ...]]:
+    """Scores of an untrained model that gets the trained weights part by part from the inputs up,
+    the fewest untrained parts first; and all parts from the logits down."""
+    steps_up = restored(game.model, model)
+    parts = next(steps_up)  # the untrained model itself
+    # A new game for every step, for what it remembers is of the weights before.
+    found = [_scores(replace(game), method, steps, seed) for _ in steps_up]
+    return torch.stack(found[::-1]), parts
 
 
 def _played(game: Presence) -> Callable[[Tensor], Tensor]:

@@ -245,7 +245,17 @@ class LatentLens(Observed):
             f"{table['random'][best]:.2f}, of states of other layers {table['shuffled'][best]:.2f}."
         )
         where = f"With the positions ablated ({self.ablation}) that are most like the answer's word"
-        return f"{text} {self.ablation_summary(where)}"
+        return f"{text}{self._missing()} {self.ablation_summary(where)}"
+
+    def _missing(self) -> str:
+        """How many pairs have no evidence, in words."""
+        missing = int(self.evidence().isnan().all(0).all(1).sum())
+        if self.corrupt is None or not missing:
+            return ""
+        return (
+            f" {missing} of {len(self.where)} pairs have no evidence: the bank lacks their answer "
+            "or their foil."
+        )
 
 
 def latent_bank(

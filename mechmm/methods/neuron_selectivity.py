@@ -1,4 +1,4 @@
-"""Neuron selectivity: which hidden units of MLPs fire at one modality alone?
+"""Neuron selectivity: which hidden units of MLPs fire at one modality, or in one domain, alone?
 
 A neuron fires where the input of its nonlinearity (`mlp.hook_pre`; of a gated MLP the gate's) is
 above a threshold. With r(g) the share of the positions of group g (image, text) at which it fires,
@@ -7,7 +7,9 @@ above a threshold. With r(g) the share of the positions of group g (image, text)
 
 0: it fires at one group alone; log(number of groups): at all alike. A neuron that never fires has
 none (NaN). Null: the groups of each example's positions are shuffled, which keeps how often a
-neuron fires. A neuron counts as selective where its entropy is at most `most` and below those of
+neuron fires. Groups may also be domains of the examples (photographs, scans, ...): all positions of
+an example are then in its own, and the null deals the domains out to the examples anew. A neuron
+counts as selective where its entropy is at most `most` and below those of
 all of its shuffles. Each shuffle, beside the others, says how many neurons would count by chance.
 
 Tang et al. 2402.16438 (languages); Huo et al. 2406.11193 (domains of pictures).
@@ -27,8 +29,9 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from mechmm.engine.checks import check_limits, check_seed
+from mechmm.engine.places import Ints
 from mechmm.engine.sites import named, unfit_of
-from mechmm.engine.states import Data, States, check_data, prompts_of, states
+from mechmm.engine.states import Data, States, check_data, count, prompts_of, states
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
@@ -50,7 +53,8 @@ class NeuronSelectivity(Result):
         positions: of every group [example, group].
         null: entropies with shuffled groups [shuffle, neuron]; NaN where the neuron never fires.
         neurons: layer and neuron of every column.
-        spans: the groups. threshold: above which a neuron fires. most: entropy of a selective one.
+        spans: the groups: spans, or domains.
+        threshold: above which a neuron fires. most: entropy of a selective one.
     """
 
     fired: Float[Tensor, "example group neuron"] = field(metadata={"axis": 0})
@@ -153,7 +157,8 @@ class NeuronSelectivity(Result):
         order = self.neurons.reset_index().set_index(["layer", "neuron"])["index"]
         columns = [int(order[row.layer, row.neuron]) for row in own.itertuples()]  # type: ignore[index]
         group = self.spans.index(span)
-        rates = self.fired[:, group][:, columns] / self.positions[:, group, None]
+        there = self.positions[:, group] > 0
+        rates = self.fired[there, group][:, columns] / self.positions[there, group, None]
         low, high = bootstrap_interval(rates.T)
         elsewhere = own[[f"rate_{s}" for s in self.spans if s != span]].to_numpy()
         names = [f"m{row.layer}.n{row.neuron}" for row in own.itertuples()]
@@ -174,6 +179,7 @@ def neuron_selectivity(
     data: Data,
     *,
     spans: Sequence[str] = ("image", "text"),
+    domains: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
     threshold: float = 0.0,
     most: float = MOST,
@@ -188,31 +194,32 @@ def neuron_selectivity(
     Args:
         data: pairs (the clean prompts are read), or batches.
         spans: the groups; no position may be in two.
+        domains: of every example; they are the groups, and `spans` says which positions count.
         layers: default: all.
         threshold: above which a neuron fires, of `mlp.hook_pre`.
         most: the largest entropy of a selective neuron, in nats.
-        n_shuffled: shuffles of the groups of each example's positions.
+        n_shuffled: shuffles of the groups of each example's positions, or of the domains.
         seed: of the shuffles.
 
     Raises:
-        ValueError: fewer than two groups, or twice the same; positions in two of them; fewer than
-            two shuffles; a layer that the model does not have; a model without neurons.
+        ValueError: fewer than two groups, or twice the same; another number of domains than of
+            examples; positions in two groups; fewer than two shuffles; a layer that the model does
+            not have; a model without neurons.
         SpanError: a span that some example does not have.
     """
     check_seed(seed)
     check_limits(batch_size=batch_size)
     if n_shuffled < 2:
         raise ValueError(f"n_shuffled is {n_shuffled}; give 2 or more: each stands beside others")
-    if len(set(spans)) < 2 or len(set(spans)) < len(spans):
-        raise ValueError(f"spans are {list(spans)}; give two or more different ones")
-    if not 0 < most <= np.log(len(spans)):
-        raise ValueError(f"most is {most}; entropies of {len(spans)} groups end at their log")
+    groups, label = _groups(data, spans, domains)
+    if not 0 < most <= np.log(len(groups)):
+        raise ValueError(f"most is {most}; entropies of {len(groups)} groups end at their log")
     hooks = _hooks(model, layers)
     sites = named(model, hooks[0][1], spans)
     for _, hook in hooks[1:]:
         sites = sites + named(model, hook, spans)
     check_data(model, data, sites)
-    counts = _Counts(spans, threshold, n_shuffled, np.random.default_rng(seed))
+    counts = _Counts(spans, threshold, n_shuffled, np.random.default_rng(seed), label)
     for batch, indices in prompts_of(data, batch_size):
         counts.add(states(model, batch, sites, indices, seed), indices)
     fired, positions, null = counts.found()
@@ -223,7 +230,27 @@ def neuron_selectivity(
             "neuron": np.concatenate([np.arange(size) for size in sizes]),
         }
     )
-    return NeuronSelectivity(fired, positions, null, table, tuple(spans), threshold, most)
+    return NeuronSelectivity(fired, positions, null, table, groups, threshold, most)
+
+
+def _groups(
+    data: Data, spans: Sequence[str], domains: Sequence[str] | None
+) -> tuple[tuple[str, ...], Ints | None]:
+    """The names of the groups, and which of them every example is in, where they are domains."""
+    if isinstance(spans, str) or not spans or len(set(spans)) < len(spans):
+        raise ValueError(f"spans are {spans!r}; give a list of different ones")
+    if domains is None:
+        if len(spans) < 2:
+            raise ValueError(f"spans are {list(spans)}; give two or more different ones")
+        return tuple(spans), None
+    names, label = np.unique(np.array(list(map(str, domains)), dtype=str), return_inverse=True)
+    if len(label) != count(data):
+        raise ValueError(f"{len(label)} domains for {count(data)} examples; give one for each")
+    if len(names) < 2:
+        raise ValueError(
+            f"all examples are of the domain {str(names[0])!r}; give two domains or more"
+        )
+    return tuple(names.tolist()), label
 
 
 def _hooks(model: HookedMultimodal, layers: Sequence[int] | None) -> list[tuple[int, str]]:
@@ -252,24 +279,33 @@ class _Counts:
     """At how many positions neurons fire, by example and group, and with shuffled groups."""
 
     def __init__(
-        self, spans: Sequence[str], threshold: float, shuffles: int, rng: np.random.Generator
+        self,
+        spans: Sequence[str],
+        threshold: float,
+        shuffles: int,
+        rng: np.random.Generator,
+        domain: Ints | None,
     ) -> None:
-        self.spans, self.threshold, self.shuffles, self.rng = spans, threshold, shuffles, rng
+        self.spans, self.threshold, self.rng, self.domain = spans, threshold, rng, domain
+        self.groups = len(spans) if domain is None else int(domain.max()) + 1
+        self.dealt = [None if domain is None else rng.permutation(domain) for _ in range(shuffles)]
         self.fired: list[Tensor] = []
         self.positions: list[Tensor] = []
-        self.mixed = torch.zeros(())
+        self.mixed = self.sizes = torch.zeros(())
 
     def add(self, found: Sequence[States], indices: Sequence[int]) -> None:
-        """One batch: the states of every layer, group by group."""
-        groups = len(self.spans)
-        first = found[:groups]
+        """One batch: the states of every layer, span by span."""
+        each, groups = len(self.spans), self.groups
+        first = found[:each]
         self._check(first, indices)
         prompt = np.concatenate([own.prompt for own in first])
-        label = np.repeat(np.arange(groups), [len(own.prompt) for own in first])
+        label = np.repeat(np.arange(each), [len(own.prompt) for own in first])
+        example = np.array(indices)[prompt]
+        label = label if self.domain is None else self.domain[example]
         active = torch.cat(
             [
-                torch.cat([own.values for own in found[at : at + groups]]) > self.threshold
-                for at in range(0, len(found), groups)
+                torch.cat([own.values for own in found[at : at + each]]) > self.threshold
+                for at in range(0, len(found), each)
             ],
             dim=1,
         ).float()
@@ -281,16 +317,16 @@ class _Counts:
         )
         sizes = np.bincount(prompt * groups + label, minlength=len(own))
         self.positions.append(torch.tensor(sizes).float().view(-1, groups))
-        labels = torch.tensor(np.stack([self._mixed(prompt, label) for _ in range(self.shuffles)]))
-        one_hot = torch.nn.functional.one_hot(labels, groups).float()
+        mixed = [self._mixed(prompt, label) if d is None else d[example] for d in self.dealt]
+        one_hot = torch.nn.functional.one_hot(torch.tensor(np.stack(mixed)), groups).float()
         self.mixed = self.mixed + torch.einsum("spg,pn->sgn", one_hot, active)
+        self.sizes = self.sizes + one_hot.sum(1)
 
     def found(self) -> tuple[Tensor, Tensor, Tensor]:
         """Counts [example, group, neuron], positions [example, group], and entropies with shuffled
         groups [shuffle, neuron]."""
-        positions = torch.cat(self.positions)
-        null = entropies(self.mixed / positions.sum(0)[:, None])
-        return torch.cat(self.fired), positions, null
+        null = entropies(self.mixed / self.sizes[..., None])
+        return torch.cat(self.fired), torch.cat(self.positions), null
 
     def _mixed(self, prompt: np.ndarray, label: np.ndarray) -> np.ndarray:
         """The groups of each prompt's positions in another order."""

@@ -149,12 +149,11 @@ class Observed(Result):
 
     def drops(self) -> pd.DataFrame:
         """One row per state: the mean loss of the metric with the positions of largest evidence
-        ablated (`drop`), and the range of random draws (`drop_null_low`, `drop_null_high`); no
-        columns where nothing was ablated."""
-        if self.clean is None or self.held_values is None or self.random_values is None:
+        ablated (`drop`), and the range of random draws (`drop_null_low`, `drop_null_high`), over
+        the examples that have such positions; no columns where nothing was ablated."""
+        if not self._ablated():
             return pd.DataFrame(index=self.states.index)
-        held = (self.clean - self.held_values).mean(1)
-        random = (self.clean - self.random_values).mean(2)
+        held, random = self._losses()
         return pd.DataFrame(
             {
                 "drop": held.numpy(),
@@ -162,6 +161,22 @@ class Observed(Result):
                 "drop_null_high": random.amax(1).numpy(),
             }
         )
+
+    def _ablated(self) -> bool:
+        """Whether any position was ablated."""
+        return self.held is not None and bool((self.held >= 0).any())
+
+    def _losses(self) -> tuple[Float[Tensor, " state"], Float[Tensor, "state draw"]]:
+        """Mean losses of the metric with positions of largest evidence ablated, and random ones;
+        NaN where no example has any."""
+        assert self.clean is not None
+        assert self.held is not None
+        assert self.held_values is not None
+        assert self.random_values is not None
+        known = (self.held >= 0).any(-1)
+        held = (self.clean - self.held_values).where(known, torch.nan)
+        random = (self.clean - self.random_values).where(known[:, None], torch.nan)
+        return held.nanmean(1), random.nanmean(2)
 
     # Figures ---------------------------------------------------------------------------------
 
@@ -172,7 +187,7 @@ class Observed(Result):
             figures["picture"] = self.picture_figure()
         if self._spanned():
             figures["spans"] = self.span_figure()
-        if self.clean is not None:
+        if self._ablated():
             figures["ablation"] = self.ablation_figure()
         return figures
 
@@ -184,6 +199,11 @@ class Observed(Result):
         """
         if self.clean is None:
             return "Nothing was ablated, so this is observation alone: give pairs for that."
+        if not self._ablated():
+            return (
+                "Nothing was ablated, so this is observation alone: none of the positions that "
+                "were read could hold the answer before it is given."
+            )
         drops = self.drops()
         worst = drops["drop"].idxmax()
         low, high = drops["drop_null_low"][worst], drops["drop_null_high"][worst]
@@ -207,26 +227,20 @@ class Observed(Result):
                 values = torch.stack(list(own.values()), 1).flip(0)
                 maps[tower] = (values, self._labels(rows)[::-1], list(own))
         title = f"{self.measure}: spans, corrupt prompts, random positions"
-        return plots.tower_maps(maps, title, x_title="span", value_title="mean", n=len(self.where))
+        known = int((~self.evidence().isnan()).any(0).any(1).sum())
+        return plots.tower_maps(maps, title, x_title="span", value_title="mean", n=known)
 
     def ablation_figure(self) -> Figure:
         """What the metric loses with the positions ablated where the evidence is largest, and with
         as many random ones; a tower each."""
-        drops, maps = self.drops(), {}
-        draws = self._random_drops()
+        (held, random), maps = self._losses(), {}
         for tower, rows in self._towers():
-            held = torch.tensor(drops["drop"].to_numpy()[rows])
-            values = torch.stack([held, draws[rows].mean(1)], 1).flip(0)
+            values = torch.stack([held[rows], random[rows].mean(1)], 1).flip(0)
             maps[tower] = (values, self._labels(rows)[::-1], ["largest evidence", "random"])
         title = f"loss of {self.metric} with positions ablated ({self.ablation})"
         return plots.tower_maps(
             maps, title, x_title="positions", value_title="loss", n=len(self.where)
         )
-
-    def _random_drops(self) -> Float[Tensor, "state draw"]:
-        assert self.clean is not None
-        assert self.random_values is not None
-        return (self.clean - self.random_values).mean(2)
 
     def picture_figure(self) -> Figure:
         """Evidence at the patches of the first example's first picture, layer by layer with a
@@ -271,8 +285,8 @@ class Observed(Result):
         return [labels[row].removeprefix(f"{towers[row]} ") for row in rows]
 
     def _spanned(self) -> bool:
-        """Whether any span was read."""
-        return bool(self.inside.any())
+        """Whether any span has evidence anywhere."""
+        return bool((self.inside.any(0) & ~self.evidence().isnan()).any())
 
     def words_table(self, example: int) -> pd.DataFrame:
         """The places of an example: position, token, row, column, spans."""

@@ -13,6 +13,9 @@ from mechmm.model.layout import Box, SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "paligemma")]
+"""Further families, which take more time than they tell."""
+
 
 @pytest.fixture(scope="module")
 def found(demo):
@@ -28,7 +31,7 @@ def with_corner(model, pairs):
 
 
 @pytest.mark.parametrize("by", ["mean", "zero", "corrupt"])
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", *SLOW])
 def test_cells_equal_tokens_set_by_hand(family, by):
     model, pairs = tiny_pairs(family, 2)
     pairs = with_corner(model, pairs)

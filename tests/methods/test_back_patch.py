@@ -10,6 +10,10 @@ from mechmm.data import shapes
 from mechmm.data.metrics import score
 from mechmm.model.layout import SpanError
 from mechmm.results.result import Result
+from mechmm.testing import tiny_pairs
+
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
+"""Further families, which take more time than they tell."""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,16 @@ def test_cells_equal_a_second_run_by_hand(model, pairs, found):
         expected = by_hand(model, pairs, cell["source"], cell["target"], cell["window"])
         torch.testing.assert_close(found.values[number], expected, atol=1e-5, rtol=0)
     assert (found.cells["source"] > found.cells["target"]).all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+def test_families(family):
+    model, pairs = tiny_pairs(family, 4)
+    rest = {"metric": mm.logit_diff, "n_null": 1, "batch_size": 3}
+    found = mm.back_patch(model, pairs, sources=[1], targets=[0], **rest)
+    expected = by_hand(model, pairs, 1, 0, 1)
+    torch.testing.assert_close(found.values[0], expected, atol=3e-4, rtol=0)
+    assert (found.values[0] - found.base).abs().max() > 1e-4
 
 
 def test_the_null_takes_states_of_other_pairs_and_other_positions(model, pairs):

@@ -20,6 +20,10 @@ from mechmm.testing import tiny_pairs
 UNSEEN = corruption.on_images(corruption.blur, radius=10)
 
 
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
+"""Further families, which take more time than they tell."""
+
+
 @pytest.fixture(scope="module")
 def dim(demo):
     """Pictures that contradict expectation, hard to see."""
@@ -59,6 +63,26 @@ def test_generation_contrasts_every_step(family):
                 for prompts in (batch.clean, batch.corrupt)
             )
         assert mm.contrasted(p, q, 2.0, 0.0).argmax(-1).tolist() == made[:, step].tolist()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+def test_signals_equal_those_of_single_runs(family):
+    model, pairs = tiny_pairs(family, 3)
+    found = mm.hallucination(model, pairs, UNSEEN, batch_size=2)
+    names = [f"blocks.{i}.attn.hook_pattern" for i in range(model.cfg.n_layers)]
+    unseen = corruption.corrupt(pairs, UNSEEN)
+    for number in range(3):
+        batch, other = (some.batch([number]) for some in (pairs, unseen))
+        layout = batch.clean.layout
+        with torch.no_grad():
+            p, q = (last_logits(model, b).log_softmax(-1)[0] for b in (batch.clean, other.corrupt))
+            cache = model.run_with_cache(batch.clean, names_filter=names)[1]
+        image, last = layout.positions("image", 0), int(layout.last[0])
+        looks = torch.stack([cache[n][0, :, last, image].sum(-1).mean() for n in names]).mean()
+        wanted = {"doubt": 1 - p.max().exp(), "blindness": -(p.exp() * (p - q)).sum()}
+        for name, value in {**wanted, "inattention to image": -looks}.items():
+            own = found.signals[found.names.index(name), number]
+            assert float(own) == pytest.approx(float(value), abs=1e-4)
 
 
 def test_both_interventions_mend_prior_driven_errors_and_looking_elsewhere_does_not(found):
@@ -102,5 +126,12 @@ def test_bad_input_is_refused(demo, dim):
         with pytest.raises(InputError, match="other texts than those generated from"):
             mm.ContrastiveDecoding(demo, one, other)
     right = Hallucination(torch.zeros(1, 3).long(), ("plain",), (), torch.zeros(1, 3), ("doubt",))
-    with pytest.raises(ValueError, match="all 3 answers are right"):
+    with pytest.raises(ValueError, match="all 3 plain answers are right"):
         right.predictors()
+
+
+def test_a_model_that_never_errs_has_a_report_all_the_same(demo):
+    found = mm.hallucination(demo, shapes.prior_pairs(demo, 3, seed=0), UNSEEN)
+    assert (found.said[0] == 0).all()
+    assert set(found.plot()) == {"errors"}
+    assert "no signal can tell" in found.page("Hallucination").html()

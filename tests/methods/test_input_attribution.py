@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from mechmm.data.metrics import accuracy, score
 from mechmm.engine.features import features_of
 from mechmm.engine.presence import Presence
 from mechmm.model.layout import SpanError
+from mechmm.model.untrained import restored
 from mechmm.results.result import Result
-from mechmm.testing import tiny_pairs
+from mechmm.testing import tiny_hf, tiny_pairs
 
 
 def also(*families):
@@ -145,6 +147,54 @@ def test_the_trained_map_lies_on_the_asked_object(found):
     alike = found.agreement().set_index(["with", "absolute"])["correlation"]
     assert abs(alike["random", False]) < 0.3
     assert alike["untrained", True] < 0.9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen3_vl", "blip-2", "mllama", "florence2"])
+def test_untrained_models_get_their_weights_back_from_the_inputs_up(family):
+    model = mm.HookedMultimodal.from_hf(tiny_hf(family))
+    fresh = mm.untrained(model, seed=1)
+    old = dict(model.hf_model.named_parameters())
+    parts, missing = [], []
+    for names in restored(fresh, model):
+        new = fresh.hf_model.named_parameters()
+        missing.append({path for path, value in new if not torch.equal(value, old[path])})
+        parts.append(names)
+    assert parts[0][0] == "unembedding"
+    assert parts[0][-1] == "embeddings and the rest"
+    assert [len(names) for names in parts] == list(range(len(parts[0]), 0, -1))
+    assert all(less < more for more, less in pairwise(missing))
+    tower = model.towers["language"]
+    tied = {id(tower.unembed.weight)}
+    assert missing[-1]
+    for path in missing[-1]:
+        assert "norm" in path or "lm_head" in path or id(old[path]) in tied
+
+
+@needs_captum
+def test_a_cascade_attributes_models_that_are_untrained_from_the_logits_down():
+    model, pairs = tiny_pairs("llava", 2)
+    found = mm.input_attribution(model, pairs, "grad-cam", spans=(), cascade=True, seed=3)
+    assert found.parts[0] == "unembedding"
+    assert len(found.cascade) == len(found.parts) - 1
+    language = ("lm_head", "model.language_model.norm", "model.language_model.layers")
+    count = 1 + len(model.towers["language"].blocks)
+    assert found.parts[count - 1] == "language 0"
+    by_hand = mm.untrained(model, 3)
+    for path, value in by_hand.hf_model.named_parameters():
+        if not path.startswith(language):
+            value.data.copy_(model.hf_model.get_parameter(path))
+    own = mm.input_attribution(
+        by_hand, mm.PairDataset(pairs, by_hand), "grad-cam", spans=(), untrained=False
+    )
+    torch.testing.assert_close(found.cascade[count - 1], own.scores)
+    table = found.cascaded()
+    assert table["parts"].tolist() == [n + 1 for n in range(len(found.parts)) for _ in range(2)]
+    last = found.agreement().set_index(["with", "absolute"])["correlation"]["untrained", True]
+    assert table["correlation"].iloc[-1] == pytest.approx(last, nan_ok=True)
+    assert "cascade" in found.plot()
+    with pytest.raises(ValueError, match="a cascade ends at the untrained model"):
+        mm.input_attribution(model, pairs, "grad-cam", untrained=False, cascade=True)
 
 
 def test_results_are_stored_and_shown(found, tmp_path):

@@ -114,6 +114,27 @@ def test_tables_figures_and_files(demo, found, bank, tmp_path):
     assert len(loaded.to_dataframe()) == len(bank.words)
 
 
+def test_a_bank_that_lacks_the_foils_draws_what_it_has_and_says_so(demo, pairs):
+    """One text of one color: no pair has both its words, and most are not ablated."""
+    bank = mm.latent_bank(demo, [f"the {pairs[0].answer.strip()} square"])
+    lens = mm.latent_lens(demo, pairs, bank, spans=["object"], top_k=1, n_random=1)
+    assert lens.evidence().isnan().all()
+    assert set(lens.plot()) == {"cosines", "picture", "ablation"}
+    assert "4 of 4 pairs have no evidence" in lens.summary()
+    known = (lens.held >= 0).any(-1)
+    assert 0 < known.sum() < known.numel()
+    losses = (lens.clean - lens.held_values)[0]
+    assert lens.drops()["drop"][0] == pytest.approx(float(losses[known[0]].mean()))
+    assert losses[~known[0]].abs().max() == 0
+
+
+def test_nothing_is_ablated_where_only_the_last_position_is_read(demo, pairs, bank):
+    lens = mm.latent_lens(demo, pairs, bank, positions=[-1], top_k=1, n_random=1)
+    assert "ablation" not in lens.plot()
+    assert "drop" not in lens.to_dataframe()
+    assert "none of the positions that were read" in lens.summary()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
     model = mm.HookedMultimodal.from_hf(tiny_hf(family))

@@ -53,7 +53,7 @@ def zeroed(places, numbers):
     return zero
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3", "internvl"])
 def test_it_is_what_hooks_by_hand_give(family):
     model, pairs = tiny_pairs(family, 4)
     found = mm.neuron_attribution(model, pairs, top=6, n_random=1)

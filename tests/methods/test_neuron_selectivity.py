@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def found(demo, same):
     return mm.neuron_selectivity(demo, same, n_shuffled=8)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "gemma3", "idefics3", "internvl"])
 def test_it_is_what_is_counted_by_hand(family):
     model, pairs = tiny_pairs(family, 3)
     found = mm.neuron_selectivity(model, pairs, threshold=0.01, batch_size=2)
@@ -78,6 +79,35 @@ def test_neurons_of_the_demo_are_selective_and_shuffles_leave_none(found):
     assert found.by_chance().max() < 0.1 * counts.sum()
 
 
+def test_domains_are_groups_of_examples(demo):
+    """Real digits and drawn scenes; the null deals the domains out to whole examples."""
+    seen = [*shapes.pairs(demo, "digit", 4, seed=0), *shapes.pairs(demo, "color", 4, seed=0)]
+    pairs, names = mm.PairDataset(seen, demo), ["digit"] * 4 + ["color"] * 4
+    found = mm.neuron_selectivity(
+        demo, pairs, spans=("image",), domains=names, layers=[1], batch_size=3, n_shuffled=6
+    )
+    assert found.spans == ("color", "digit")
+    apart = [mm.neuron_selectivity(demo, pairs[i : i + 4], layers=[1]) for i in (4, 0)]
+    rates = torch.stack([own.rates()[0] for own in apart])
+    torch.testing.assert_close(found.rates(), rates)
+    assert (found.positions[:4, 0] == 0).all()
+    assert (found.positions[4:, 1] == 0).all()
+    assert found.null.shape == (6, 352)
+    per_example = found.fired.sum(1)
+    splits = [list(own) for own in combinations(range(8), 4)]
+    rest = [[i for i in range(8) if i not in own] for own in splits]
+    sums = torch.stack(
+        [
+            torch.stack([per_example[a].sum(0), per_example[b].sum(0)])
+            for a, b in zip(splits, rest, strict=True)
+        ]
+    )
+    every = entropies(sums / (4 * 64))
+    near = (found.null[:, None].nan_to_num(-1) - every.nan_to_num(-1)).abs().amax(-1).amin(1)
+    assert near.max() < 1e-4
+    assert set(found.plot()) >= {"selective"}
+
+
 def test_overlapping_groups_are_refused(demo, same):
     with pytest.raises(ValueError, match="two of the spans"):
         mm.neuron_selectivity(demo, same, spans=("image", "all"))
@@ -109,6 +139,8 @@ def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
     [
         ({"spans": ("image",)}, "two or more"),
         ({"spans": ("image", "image")}, "different"),
+        ({"domains": ["a"]}, "1 domains for"),
+        ({"domains": ["a"] * 12}, "all examples are of the domain 'a'"),
         ({"n_shuffled": 1}, "2 or more"),
         ({"layers": [9]}, "layers 0..5"),
         ({"most": 0.0}, "most is"),

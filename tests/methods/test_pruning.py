@@ -33,7 +33,7 @@ def by_hand(model, batch, answers, dropped, layers):
         return float(mm.logit_diff(last_logits(model, batch), answers))
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "paligemma"])
+@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", "paligemma", "internvl"])
 def test_cells_equal_keys_hidden_by_hand(family):
     model, pairs = tiny_pairs(family, 2)
     found = mm.pruning_curve(

@@ -12,8 +12,11 @@ from mechmm.data.metrics import last_logits
 from mechmm.methods.subspace_interchange import _Case
 from mechmm.model.hooked import UnknownHookError
 from mechmm.results.result import Result
+from mechmm.testing import tiny_pairs
 
 HOOK = "blocks.2.hook_resid_pre"
+SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
+"""Further families, which take more time than they tell."""
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +25,17 @@ def pairs(model):
 
 
 @torch.no_grad()
-def by_hand(model, pairs, case):
+def by_hand(model, pairs, case, at=HOOK):
     """Logits of a base whose last position holds what the source's does."""
     base, source = pairs[int(case["base"])].corrupt, pairs[int(case["source"])].clean
     batch = model.encode(source.text, source.images)
-    _, cache = model.run_with_cache(batch, names_filter=[HOOK])
+    _, cache = model.run_with_cache(batch, names_filter=[at])
 
     def write(value, hook):
-        value[:, -1] = cache[HOOK][:, -1]
+        value[:, -1] = cache[at][:, -1]
         return value
 
-    with model.hooks(fwd_hooks=[(HOOK, write)]):
+    with model.hooks(fwd_hooks=[(at, write)]):
         return last_logits(model, model.encode(base.text, base.images))
 
 
@@ -43,6 +46,21 @@ def test_moving_everything_is_a_patch_of_the_last_position(model, pairs):
     found = case.correct(half, targets, lambda base, source: source)
     for number, (base, source) in enumerate(zip(*half, strict=True)):
         said = by_hand(model, pairs, {"base": base, "source": source})[0, case.ids].argmax()
+        assert bool(found[number]) == (case.classes[int(said)] == pairs[int(source)].answer)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+def test_families(family):
+    """Of two answers a tiny model says the one whose logit is larger after the interchange."""
+    model, pairs = tiny_pairs(family, 4)
+    hook, half = "blocks.1.hook_resid_pre", (np.array([0, 1, 2]), np.array([3, 0, 1]))
+    pairs = mm.PairDataset(
+        [*pairs[:2], *(mm.Pair(p.clean, p.corrupt, p.foil, p.answer) for p in pairs[2:])], model
+    )
+    case = _Case(model, pairs, hook, "last", 32)
+    found = case.correct(half, case.targets([half])[0], lambda base, source: source)
+    for number, (base, source) in enumerate(zip(*half, strict=True)):
+        said = by_hand(model, pairs, {"base": base, "source": source}, hook)[0, case.ids].argmax()
         assert bool(found[number]) == (case.classes[int(said)] == pairs[int(source)].answer)
 
 
