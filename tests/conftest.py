@@ -10,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # notebooks and commands that tests sta
 from importlib import import_module
 
 import torch
+import typechecker  # noqa: F401 - it makes the hook's decorator a quicker one
 from jaxtyping import install_import_hook
 
 # First, for within a checked import Python compiles all that it imports anew.
