@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -155,3 +155,20 @@ def sweep_up(folder: Path) -> None:
     for path in sorted(folder.rglob(".*")):
         if _UNFINISHED.fullmatch(path.name) and not path.is_symlink() and path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sweep_beside(folder: Path) -> None:
+    """Remove what processes left that were killed before they could give a folder its name; what
+    another one is still writing is locked, and stays."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}")
+    for path in sorted(folder.parent.glob(".*")):
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            _give_up(path)
+
+
+def _give_up(path: Path) -> None:
+    if not any(path.iterdir()):  # killed before it could be locked
+        path.rmdir()
+    elif (path / LOCK).is_file():
+        with suppress(RunError), locked(path):
+            shutil.rmtree(path)

@@ -36,7 +36,7 @@ from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, PairSet, Step
 from mechmm.runs.config import load as load_config
 from mechmm.runs.engines import check_ray
-from mechmm.runs.folder import Run, load_result, locked, sweep_up
+from mechmm.runs.folder import Run, load_result, locked, sweep_beside, sweep_up
 from mechmm.runs.methods import METHODS
 from mechmm.runs.models import load_model
 from mechmm.runs.paths import (
@@ -95,7 +95,7 @@ def run(
         config = load_config(config, overrides)
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} is not empty; give a new folder, or go on with --resume {out}")
+        raise _taken(out)
     if config.engine.name == "ray":
         check_ray()
     start = time.monotonic()
@@ -106,8 +106,7 @@ def run(
     }
     job = _Job(config, out, model, sets, start, new=True)
     job.check()
-    job.begin(facts)
-    with locked(out):
+    with job.begun(facts):
         return job.go()
 
 
@@ -121,7 +120,12 @@ def resume(folder: str | Path) -> Run:
         Interrupted: Ctrl-C.
     """
     folder = Path(folder)
-    found = Run.open(folder)
+    if not (folder / MANIFEST).exists():
+        raise FileNotFoundError(
+            f"{folder} is no run: it has no {MANIFEST}; a run that was killed before it began is "
+            f"begun again, with mechmm run CONFIG.toml --out {folder}"
+        )
+    Run.open(folder)
     with locked(folder):
         found = Run.open(folder)
         if found.finished:
@@ -174,23 +178,29 @@ class _Job:
                     with _about(step):
                         argument.make(value, self.scene())
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
-        """Make the folder with all that is known before the first step, in one rename."""
+    @contextmanager
+    def begun(self, facts: Mapping[str, Any]) -> Iterator[None]:
+        """Make the folder with all that is known before the first step, in one rename; nobody else
+        can write into it from its first moment on."""
         out = self.out.absolute()
         out.parent.mkdir(parents=True, exist_ok=True)
+        sweep_beside(out)
         near = out.with_name(f".{out.name}.{uuid4().hex[:8]}")
         near.mkdir()
         try:
-            (near / GIVEN).write_bytes(self.config.given)
-            _write(near / RESOLVED, _resolved(self.config))
-            for name, pairs in self.sets.items():
-                pairs.save(near / PAIRS / name)
-            _write(near / MANIFEST, self._manifest(facts, near))
-            if out.exists():
-                out.rmdir()
-            near.rename(out)
+            with locked(near):
+                self._fill(near, facts)
+                _appear(near, out)
+                yield
         finally:
             shutil.rmtree(near, ignore_errors=True)
+
+    def _fill(self, near: Path, facts: Mapping[str, Any]) -> None:
+        (near / GIVEN).write_bytes(self.config.given)
+        _write(near / RESOLVED, _resolved(self.config))
+        for name, pairs in self.sets.items():
+            pairs.save(near / PAIRS / name)
+        _write(near / MANIFEST, self._manifest(facts, near))
 
     def _manifest(self, facts: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         config = self.config
@@ -395,6 +405,22 @@ def checkpoints(config: Config) -> dict[str, dict[str, str]]:
     """Of every checkpoint of a step, the SHA-256 of its files by name; none where none are here."""
     named = [name for step in config.steps for name in step.options.get("checkpoints", ())]
     return {name: manifest.model_files(name, config.base) for name in named}
+
+
+def _taken(out: Path) -> RunError:
+    return RunError(f"{out} is not empty; give a new folder, or go on with --resume {out}")
+
+
+def _appear(near: Path, out: Path) -> None:
+    """Give a folder its name, unless somebody else took it meanwhile."""
+    try:
+        if out.exists():
+            out.rmdir()
+        near.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise _taken(out) from error
+        raise
 
 
 def _join(folders: Sequence[Path], joined: Path) -> None:

@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,31 +118,6 @@ def test_nothing_of_the_machine_is_written(whole, config):
     for name, content in contents(whole.folder).items():
         assert str(config.parent).encode() not in content, name
         assert not host.search(content), name
-
-
-def test_killed_and_resumed_it_ends_with_the_same_files(config, whole):
-    out = config.parent / "killed"
-    process = command(config, "--out", out)
-    first = out / "steps" / "patch" / "00000"
-    while process.poll() is None and not first.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert mm.runs.open(out).manifest["state"] == "running"
-    (out / "steps" / "patch" / ".00001.abcdef12").mkdir()  # as a kill within a write leaves
-    computed = []
-    with pytest.MonkeyPatch.context() as patched:
-        save = results.Result.save
-
-        def watched(self, folder):
-            computed.append(folder.relative_to(out).as_posix())
-            return save(self, folder)
-
-        patched.setattr(results.Result, "save", watched)
-        mm.runs.resume(out)
-    assert "steps/patch/00000" not in computed
-    assert contents(out) == contents(whole.folder)
 
 
 def test_interrupted_it_says_how_to_go_on(config, whole, monkeypatch, capsys):
