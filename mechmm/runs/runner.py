@@ -38,7 +38,7 @@ from mechmm.runs.config import load as load_config
 from mechmm.runs.engines import check_ray
 from mechmm.runs.folder import Run, load_result, locked, sweep_beside, sweep_up
 from mechmm.runs.methods import METHODS
-from mechmm.runs.models import load_model
+from mechmm.runs.models import differing, load_model
 from mechmm.runs.paths import (
     FIGURES,
     FINISHED,
@@ -100,6 +100,7 @@ def run(
         check_ray()
     start = time.monotonic()
     model, facts = load_model(config.model, config.base, source)
+    config = _pinned(config, facts)
     sets = {
         name: makers.loaded(saved / name, model) if saved else _made(one, model, config)
         for name, one in config.pairs.items()
@@ -133,9 +134,10 @@ def resume(folder: str | Path) -> Run:
         _check_unchanged(found)
         config, start = found.config, time.monotonic() - found.manifest["seconds"]
         model, facts = load_model(config.model, config.base)
-        if facts["files"] != found.manifest["model"]["files"]:
+        if odd := differing(found.manifest["model"], facts):
             raise RunError(
-                f"the files of the model {config.model.name} changed since the run began"
+                f"the files of the model {config.model.name} changed since the run began: "
+                f"{', '.join(odd)}"
             )
         sets = {name: makers.loaded(folder / PAIRS / name, model) for name in config.pairs}
         for name, pairs in sets.items():
@@ -237,8 +239,9 @@ class _Job:
 
     def check_checkpoints(self, known: Mapping[str, str]) -> None:
         """Refuse checkpoints other than those that the run began with."""
+        absent = manifest.combined({})  # then the hub gave it, or still has to
         for name, found in self._checkpoints().items():
-            if found != known.get(name):
+            if found != known.get(name) and absent not in (found, known.get(name)):
                 raise RunError(f"the files of checkpoint {name} changed since the run began")
 
     def check_place(self, known: Mapping[str, Any]) -> None:
@@ -305,7 +308,7 @@ class _Job:
             return
         from mechmm.runs.cluster import workers
 
-        with workers(self.config, Run.open(self.out).manifest["model"]["sha256"]) as found:
+        with workers(self.config, Run.open(self.out).manifest["model"]) as found:
             yield found.results
 
     def _local(
@@ -470,6 +473,11 @@ def _made(one: PairSet, model: HookedMultimodal, config: Config) -> PairDataset:
             "config says"
         )
     return pairs
+
+
+def _pinned(config: Config, facts: Mapping[str, Any]) -> Config:
+    """The config with the commit of a hub model, so that all that follows uses its files."""
+    return replace(config, model=replace(config.model, revision=facts["revision"]))
 
 
 def _nothing(step: str) -> Result:
