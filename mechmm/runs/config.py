@@ -272,6 +272,10 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
         method = methods[at.at("step").choice(one.step, list(methods), "step")]
         at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
+        for column, value in one.where.items():
+            if not isinstance(value, (str, int, float)):
+                message = f'must be one value or a comparison such as ">= 2", not {value!r}'
+                raise at.at("where").at(column).error(message)
         if one.expect is not None:
             try:
                 Expectation.read(one.expect)

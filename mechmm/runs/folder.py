@@ -133,6 +133,11 @@ def load_result(folder: Path) -> Result:
     return Result.load(folder)
 
 
+def as_json(value: Any) -> bytes:
+    """A record as the files of a run have it."""
+    return f"{json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder alone; the system gives it free when the process ends, however it does.

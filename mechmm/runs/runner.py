@@ -7,10 +7,10 @@ that a run that was killed and resumed ends with the same files as one that was 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +36,8 @@ from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, PairSet, Step
 from mechmm.runs.config import load as load_config
 from mechmm.runs.engines import check_ray
-from mechmm.runs.folder import Run, load_result, locked, sweep_beside, sweep_up
+from mechmm.runs.folder import Run, as_json, load_result, locked, sweep_beside, sweep_up
+from mechmm.runs.mending import MENDED, mend, settled
 from mechmm.runs.methods import METHODS
 from mechmm.runs.models import differing, load_model
 from mechmm.runs.paths import (
@@ -111,10 +112,14 @@ def run(
         return job.go()
 
 
-def resume(folder: str | Path) -> Run:
+def resume(folder: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Go on with a run that was interrupted or killed; only what is missing is computed.
 
+    Args:
+        overrides: `key=value` each, of headlines alone, for example `headlines.0.where.layer=3`.
+
     Raises:
+        ConfigError: an override that cannot be applied.
         FileNotFoundError: there is no run.
         RunError: somebody else is writing; the config, the model, the pairs or a package changed
             since the run began; a newer format.
@@ -129,9 +134,12 @@ def resume(folder: str | Path) -> Run:
     Run.open(folder)
     with locked(folder):
         found = Run.open(folder)
+        if found.finished and overrides:
+            raise RunError(f"{folder} is finished; run its config anew with other headlines")
         if found.finished:
             return found
         _check_unchanged(found)
+        found = mend(settled(found), overrides) if overrides else settled(found)
         config, start = found.config, time.monotonic() - found.manifest["seconds"]
         model, facts = load_model(config.model, config.base)
         if odd := differing(found.manifest["model"], facts):
@@ -291,11 +299,13 @@ class _Job:
                 for number, found in _said(step, results(step, parts, missing, report)):
                     if stopped.is_set():  # some methods end with what they have
                         raise KeyboardInterrupt
-                    self._check_headlines(step, found)
                     found.save(folders[number])
                     self._note()
+                    if number == missing[0] and len(parts) > 1:
+                        self._warn(step, found, heads.check_columns)
             with _about(step):
                 _join(folders, joined)
+            self._warn(step, self._result(step.name), heads.measured)
         if chunks.exists():
             shutil.rmtree(chunks)
         self._show(step)
@@ -318,12 +328,16 @@ class _Job:
         for number in missing:
             yield number, self._run(step, parts[number], number, len(parts), report)
 
-    def _check_headlines(self, step: Step, found: Result) -> None:
-        """Refuse columns that a step's table does not have as soon as there is one."""
+    def _warn(self, step: Step, found: Result, look: Callable[..., Any]) -> None:
+        """Say at once what a step's headlines ask in vain; no reason to stop what may take a
+        night, since they can be mended."""
         own = [headline for headline in self.config.headlines if headline.step == step.name]
         read = tables.read_each(found, (headline.table for headline in own))
         for headline in own:
-            heads.check_columns(headline, read[headline.table])
+            try:
+                look(headline, read[headline.table])
+            except heads.HeadlineError as error:
+                print(f"mechmm: {error} (the run goes on)", file=sys.stderr)
 
     def _run(self, step: Step, part: Scene, number: int, count: int, report: Report) -> Result:
         def told(done: int, total: int) -> None:
@@ -376,7 +390,7 @@ class _Job:
             step: tables.read_each(self._result(step), (h.table for h in asked if h.step == step))
             for step in {headline.step for headline in asked}
         }
-        found = [heads.measured(one, read[one.step][one.table]) for one in asked]
+        found = heads.all_measured(asked, read, self.out)
         _write(self.out / HEADLINES, found)
         self._note(headlines=found, verdict=heads.verdict(found))
         page.write(self.out)
@@ -496,8 +510,7 @@ def _resolved(config: Config) -> dict[str, Any]:
 
 
 def _write(path: Path, value: Any) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_whole(path, f"{text}\n".encode())
+    write_whole(path, as_json(value))
 
 
 def _check_unchanged(found: Run) -> None:
@@ -505,7 +518,8 @@ def _check_unchanged(found: Run) -> None:
     known = found.manifest
     for name in (GIVEN, RESOLVED):
         path = found.folder / name
-        if not path.is_file() or file_digest(path) != known["outputs"].get(name):
+        digests = [known["outputs"].get(name), known.get(MENDED) if name == RESOLVED else None]
+        if not path.is_file() or file_digest(path) not in digests:
             raise RunError(
                 f"{path} changed since the run began; put it back, or begin anew in another folder"
             )

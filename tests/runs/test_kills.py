@@ -6,7 +6,6 @@ file: before it, or with the file half-written.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -17,36 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small import CONFIG, contents
 
 import mechmm as mm
 from mechmm.runs import runner
 from mechmm.runs.config import load
 
-CONFIG = """\
-name = "demo"
-model = { name = "mechmm/demo" }
-
-[pairs.color]
-make = "shapes.pairs"
-kind = "color"
-n = 2
-
-[[steps]]
-name = "exit"
-method = "early_exit"
-
-[[steps]]
-name = "said"
-method = "answers"
-
-[[headlines]]
-name = "right"
-step = "said"
-column = "clean_right"
-
-[engine]
-chunk = 1
-"""
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 Moment = Callable[[str, str], bool]
 
@@ -144,18 +119,6 @@ def end(config: Path, out: Path) -> dict[str, bytes]:
     assert forked(config, work) == 0, error.read_text()
     assert not list(config.parent.glob(f".{out.name}*"))
     return contents(out)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Everything by relative path, of the manifest what is not about time and memory."""
-    found = {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else b"folder"
-        for path in folder.rglob("*")
-    }
-    record = json.loads(found.pop("manifest.json"))
-    for name in ("started", "seconds", "peak_memory_bytes"):
-        record.pop(name)
-    return {**found, "manifest": json.dumps(record, sort_keys=True).encode()}
 
 
 MOMENTS = {
