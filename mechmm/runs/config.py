@@ -215,8 +215,8 @@ def _model(raw: Mapping[str, Any], place: Place, base: Path) -> Model:
 def _sets(raw: Mapping[str, Any], place: Place, base: Path, seed: int) -> dict[str, PairSet]:
     place = place.at("pairs")
     table = raw.get("pairs", {})
-    if not isinstance(table, Mapping) or not table:
-        raise place.error("give at least one set of pairs, for example [pairs.color]")
+    if not isinstance(table, Mapping):
+        raise place.error(f"must be tables such as [pairs.color], not {table!r}")
     return {name: _set(name, value, place.at(name), base, seed) for name, value in table.items()}
 
 

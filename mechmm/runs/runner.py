@@ -179,9 +179,12 @@ class _Job:
     # Beginning -------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Refuse, before anything runs, sites that the model does not have."""
+        """Refuse, before anything runs, models that a step cannot use, and sites that the model
+        does not have."""
         for step in self.config.steps:
             method = METHODS[step.method]
+            with _about(step):
+                method.check_model(self.model)
             for name, value in step.options.items():
                 argument = method.argument(name)
                 if argument is not None and not _refers(value):
