@@ -32,7 +32,8 @@ from mechmm.runs.folder import Run
 from mechmm.runs.hub import commit_of
 from mechmm.runs.models import differing
 from mechmm.runs.paths import FIGURES, PAIRS, RESULTS, WEIGHTS, RunError
-from mechmm.runs.runner import checkpoints, run
+from mechmm.runs.runner import run
+from mechmm.runs.unchanged import checkpoints
 from mechmm.runs.verification import Verification, verify
 
 RELATIVE = 1e-4

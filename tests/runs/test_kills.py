@@ -19,7 +19,7 @@ import torch
 from small import CONFIG, contents
 
 import mechmm as mm
-from mechmm.runs import runner
+from mechmm.runs import runner, steps
 from mechmm.runs.config import load
 
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -99,15 +99,15 @@ def killed(config: Path, out: Path, moment: Moment, half: bool = False) -> int:
 def end(config: Path, out: Path) -> dict[str, bytes]:
     """Take a killed run up, or begin it again where it had not begun; all that is there then."""
 
-    compute = runner._Job._run
+    compute = steps.run_part
 
-    def computed(job, step, part, number, *rest):
+    def computed(config, step, parts, number, *rest):
         assert not (out / "steps" / step.name / f"{number:05d}").exists()
         assert not (out / "results" / step.name).exists()
-        return compute(job, step, part, number, *rest)
+        return compute(config, step, parts, number, *rest)
 
     def work() -> None:
-        runner._Job._run = computed
+        steps.run_part = computed
         if (out / "manifest.json").exists():
             mm.runs.resume(out)
         else:

@@ -54,7 +54,7 @@ def test_only_headlines_are_computed_anew(config, whole, monkeypatch, capsys):
     assert first.rstrip().endswith("(the run goes on)")
     assert f"mechmm run --resume {folder} 'headlines.at layer 2.column=VALUE'" in last
     assert mm.runs.open(folder).steps == ("exit", "said")
-    monkeypatch.setattr(runner._Job, "_run", None)
+    monkeypatch.setattr(runner, "load_model", None)
     assert run_command(RIGHT[0], [], None, folder) == 1
     said = capsys.readouterr().err
     assert "has no row with layer = 77; there is -1, 0, 1" in said

@@ -61,7 +61,7 @@ def moved(hub):
 def test_a_run_stays_with_the_commit_that_it_began_with(hub, tmp_path, monkeypatch):
     path, out = tmp_path / "demo.toml", tmp_path / "out"
     path.write_text(CONFIG)
-    monkeypatch.setattr(runner._Job, "go", lambda job: mm.runs.open(job.out))
+    monkeypatch.setattr(runner, "_go", lambda job, scene: mm.runs.open(job.out))
     found = mm.runs.run(path, out)
     monkeypatch.undo()
     said = found.manifest["model"]
