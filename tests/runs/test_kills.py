@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ import torch
 from small import CONFIG, contents
 
 import mechmm as mm
-from mechmm.runs import runner, steps
+from mechmm.runs import manifest, runner, steps
 from mechmm.runs.config import load
 
 OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -35,10 +36,12 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def loaded(config):
-    """The model is loaded once, for all processes."""
+    """The model is loaded once for all processes, and the repository is not looked at, which
+    somebody may edit meanwhile."""
     found = runner.load_model(load(config).model, config.parent)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(runner, "load_model", lambda *asked: found)
+        patched.setattr(manifest, "repository", lambda base: None)
         yield
 
 
@@ -153,4 +156,5 @@ def test_killed_at_every_moment_it_ends_with_the_same_files(config, whole, half)
             break
         assert code == -signal.SIGKILL
         assert end(config, out) == whole, number
+        shutil.rmtree(out)
     assert number > 100
