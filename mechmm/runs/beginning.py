@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from mechmm.results.store import write_whole
 from mechmm.runs import manifest
 from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config
-from mechmm.runs.folder import as_json, locked, sweep_beside
+from mechmm.runs.folder import as_json, discard, locked, sweep_beside
 from mechmm.runs.job import Job, about
 from mechmm.runs.methods import METHODS
 from mechmm.runs.paths import FORMAT, GIVEN, MANIFEST, PAIRS, RESOLVED, RUNNING, RunError
@@ -73,7 +72,8 @@ def begun(job: Job, scene: Scene, facts: Mapping[str, Any]) -> Iterator[None]:
             _appear(near, out)
             yield
     finally:
-        shutil.rmtree(near, ignore_errors=True)
+        if near.exists():
+            discard(near)
 
 
 def _fill(near: Path, job: Job, scene: Scene, facts: Mapping[str, Any]) -> None:

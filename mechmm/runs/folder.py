@@ -176,4 +176,14 @@ def _give_up(path: Path) -> None:
         path.rmdir()
     elif (path / LOCK).is_file():
         with suppress(RunError), locked(path):
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, its lock last: what a kill leaves of it then can be told and swept up."""
+    for path in folder.iterdir():
+        if path.is_dir():
             shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(folder)

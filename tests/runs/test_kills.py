@@ -146,6 +146,18 @@ def test_killed_at_a_moment_it_ends_with_the_same_files(config, whole, name):
     out.rename(config.parent / name.replace(" ", "-"))
 
 
+def test_killed_while_it_sweeps_up_it_leaves_what_can_be_swept_up(config, whole):
+    out = config.parent / "swept"
+    begun = ("os.rename", r"/\.swept\.\w+$")
+    sweeping = ("os.rmdir", r"images$")
+    for event, path in (begun, sweeping, sweeping):
+        code = killed(config, out, lambda now, at, e=event, p=path: now == e and re.search(p, at))
+        assert code == -signal.SIGKILL
+    (left,) = config.parent.glob(".swept.*")
+    assert (left / ".lock").exists()
+    assert end(config, out) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["before", "within"])
 def test_killed_at_every_moment_it_ends_with_the_same_files(config, whole, half):
