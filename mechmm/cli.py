@@ -135,13 +135,14 @@ def patch(
 
 @app.command()
 def run(
-    config: Annotated[Path | None, typer.Argument(help="A TOML file; see docs/runs.md.")] = None,
+    config: Annotated[str | None, typer.Argument(help="A TOML file; see docs/runs.md.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value each, for example pairs.color.n=8.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Folder of an interrupted run to go on with.")
+        Path | None,
+        typer.Option(help="Folder of an interrupted run to go on with; key=value of headlines."),
     ] = None,
 ) -> None:
     """Run a config: pairs, steps, headlines and a report, in one folder that can be run again.

@@ -48,7 +48,8 @@ def _abstract(manifest: Mapping[str, Any]) -> str:
     model, pairs = manifest["model"], manifest["pairs"]
     counts = ", ".join(f"{found.get('n')} {name}" for name, found in pairs.items())
     said = [f"{h.get('name')}: {_number(h.get('value'))}" for h in manifest.get("headlines") or []]
-    return ". ".join([f"Model {model.get('name')}", f"pairs: {counts}", *said]) + "."
+    asked = [f"pairs: {counts}"] if counts else []
+    return ". ".join([f"Model {model.get('name')}", *asked, *said]) + "."
 
 
 def _number(value: Any) -> str:

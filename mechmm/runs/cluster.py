@@ -31,7 +31,7 @@ from mechmm.runs.arguments import Scene
 from mechmm.runs.config import Config, Engine, Model, Step
 from mechmm.runs.engines import check_ray
 from mechmm.runs.methods import METHODS
-from mechmm.runs.models import load_model
+from mechmm.runs.models import differing, load_model
 from mechmm.runs.paths import RunError
 
 EVERY = 0.5
@@ -59,8 +59,11 @@ class Task:
 class Worker:
     """Runs in a process of its own, with a replica of the model."""
 
-    def __init__(self, model: Model, base: Path, threads: int, board: Any) -> None:
-        self.config, self.base, self.threads, self.board = model, base, threads, board
+    def __init__(
+        self, model: Model, facts: Mapping[str, Any], base: Path, threads: int, board: Any
+    ) -> None:
+        self.config, self.facts, self.base = model, facts, base
+        self.threads, self.board = threads, board
 
     def load(self) -> int:
         """Load the model; the id of the process.
@@ -69,7 +72,12 @@ class Worker:
             RunError: its files are not those of the run.
         """
         torch.set_num_threads(self.threads)  # sums depend on it; this process is a worker's alone
-        self.model, _ = load_model(self.config, self.base)
+        self.model, now = load_model(self.config, self.base)
+        if odd := differing(self.facts, now):
+            raise RunError(
+                f"a worker has other files of the model {self.config.name} than the run began "
+                f"with: {', '.join(odd)}"
+            )
         return os.getpid()
 
     def run(self, task: Task, earlier: Mapping[str, Any]) -> Result:
@@ -118,13 +126,13 @@ class Workers:
     """The workers of a run.
 
     Attributes:
-        digest: of the model's files, over all of them.
+        facts: what the manifest says of the model.
         idle: that are ready. busy: what each reference belongs to. lost: how many died while they
             loaded the model.
     """
 
     config: Config
-    digest: str
+    facts: Mapping[str, Any]
     board: Any
     idle: deque[Any] = field(default_factory=deque)
     busy: dict[Any, tuple[Any, int | None]] = field(default_factory=dict)
@@ -144,9 +152,10 @@ class Workers:
         """Ask for a worker, which is used as soon as it has its model."""
         ray = _ray()
         engine = self.engine
-        model = replace(self.config.model, sha256=self.digest)
+        model = replace(self.config.model, sha256=None)  # compared file by file
         made = ray.remote(num_cpus=engine.cpus, num_gpus=engine.gpus)(Worker)
-        worker = made.remote(model, self.config.base, torch.get_num_threads(), self.board)
+        place = (self.config.base, torch.get_num_threads(), self.board)
+        worker = made.remote(model, self.facts, *place)
         self.busy[worker.load.remote()] = worker, None
 
     def results(
@@ -263,7 +272,7 @@ def _messages(part: Scene) -> dict[str, Message]:
 
 
 @contextmanager
-def workers(config: Config, digest: str) -> Iterator[Workers]:
+def workers(config: Config, facts: Mapping[str, Any]) -> Iterator[Workers]:
     """The workers of a run, on the cluster at `address`, on the one that this process is connected
     to already, or on this machine alone.
 
@@ -275,7 +284,7 @@ def workers(config: Config, digest: str) -> Iterator[Workers]:
     own = not ray.is_initialized()
     if own:
         _connect(config.engine)
-    made = Workers(config, digest, ray.remote(num_cpus=0)(Board).remote())
+    made = Workers(config, facts, ray.remote(num_cpus=0)(Board).remote())
     try:
         made.begin()
         yield made

@@ -14,7 +14,7 @@ SHOWN = ["name", "value", "low", "high", "n", "expect", "agrees"]
 
 
 def run_command(
-    config: Path | None, overrides: Sequence[str], out: Path | None, old: Path | None
+    config: str | None, overrides: Sequence[str], out: Path | None, old: Path | None
 ) -> int:
     """Run a config, or go on with a run; the exit code: 0, 1 (cannot be run) or 130."""
     try:
@@ -29,13 +29,14 @@ def run_command(
     return 0
 
 
-def _found(
-    config: Path | None, overrides: Sequence[str], out: Path | None, old: Path | None
-) -> Run:
+def _found(config: str | None, overrides: Sequence[str], out: Path | None, old: Path | None) -> Run:
     if old is not None:
-        if config is not None or out is not None:
-            raise ValueError("--resume takes the folder alone: mechmm run --resume DIR")
-        return resume(old)
+        given = [] if config is None else [config, *overrides]
+        if out is not None or not all("=" in text for text in given):
+            raise ValueError(
+                "--resume takes the folder, and key=value of headlines: mechmm run --resume DIR"
+            )
+        return resume(old, given)
     if config is None or out is None:
         raise ValueError("give a config and a new folder: mechmm run CONFIG.toml --out DIR")
     return run(config, out, overrides)

@@ -215,8 +215,8 @@ def _model(raw: Mapping[str, Any], place: Place, base: Path) -> Model:
 def _sets(raw: Mapping[str, Any], place: Place, base: Path, seed: int) -> dict[str, PairSet]:
     place = place.at("pairs")
     table = raw.get("pairs", {})
-    if not isinstance(table, Mapping) or not table:
-        raise place.error("give at least one set of pairs, for example [pairs.color]")
+    if not isinstance(table, Mapping):
+        raise place.error(f"must be tables such as [pairs.color], not {table!r}")
     return {name: _set(name, value, place.at(name), base, seed) for name, value in table.items()}
 
 
@@ -272,6 +272,10 @@ def _headlines(raw: Mapping[str, Any], place: Place, steps: Sequence[Step]) -> t
         method = methods[at.at("step").choice(one.step, list(methods), "step")]
         at.at("table").choice(one.table, tables.names(method.function), "table")
         at.at("statistic").choice(one.statistic, STATISTICS, "statistic")
+        for column, value in one.where.items():
+            if not isinstance(value, (str, int, float)):
+                message = f'must be one value or a comparison such as ">= 2", not {value!r}'
+                raise at.at("where").at(column).error(message)
         if one.expect is not None:
             try:
                 Expectation.read(one.expect)

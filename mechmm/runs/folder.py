@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -133,6 +133,11 @@ def load_result(folder: Path) -> Result:
     return Result.load(folder)
 
 
+def as_json(value: Any) -> bytes:
+    """A record as the files of a run have it."""
+    return f"{json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)}\n".encode()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder alone; the system gives it free when the process ends, however it does.
@@ -155,3 +160,30 @@ def sweep_up(folder: Path) -> None:
     for path in sorted(folder.rglob(".*")):
         if _UNFINISHED.fullmatch(path.name) and not path.is_symlink() and path.exists():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def sweep_beside(folder: Path) -> None:
+    """Remove what processes left that were killed before they could give a folder its name; what
+    another one is still writing is locked, and stays."""
+    name = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}")
+    for path in sorted(folder.parent.glob(".*")):
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            _give_up(path)
+
+
+def _give_up(path: Path) -> None:
+    if not any(path.iterdir()):  # killed before it could be locked
+        path.rmdir()
+    elif (path / LOCK).is_file():
+        with suppress(RunError), locked(path):
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder, its lock last: what a kill leaves of it then can be told and swept up."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+    shutil.rmtree(folder)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,15 @@ _RESAMPLES = 1000
 
 
 class HeadlineError(ValueError):
-    """A headline asks for what the table does not have."""
+    """A headline asks for what the table does not have.
+
+    Attributes:
+        key: of the headline, that is to be mended: `column`, `where.layer`.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 def measured(headline: Headline, table: pd.DataFrame) -> dict[str, Any]:
@@ -61,13 +72,53 @@ def check_columns(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.index.name is not None:
         table = table.reset_index()
-    wanted = [headline.column, *headline.where, *([headline.minus] if headline.minus else [])]
-    wanted += [name for name in (headline.low, headline.high) if name not in ("low", "high", "")]
-    for name in wanted:
+    for key, name in _columns(headline):
         if name not in table.columns:
             there = ", ".join(map(str, table.columns))
-            raise _error(headline, f"has no column {name!r}; it has {there}")
+            raise _error(headline, f"has no column {name!r}; it has {there}", key)
     return table
+
+
+def _columns(headline: Headline) -> Iterator[tuple[str, str]]:
+    """The columns that a headline names, each after the key that names it."""
+    yield "column", headline.column
+    yield from (("where", name) for name in headline.where)
+    if headline.minus:
+        yield "minus", headline.minus
+    for key in ("low", "high"):
+        name = getattr(headline, key)
+        if name not in ("low", "high", ""):
+            yield key, name
+
+
+def all_measured(
+    asked: Sequence[Headline], tables: Mapping[str, Mapping[str, pd.DataFrame]], folder: Path
+) -> list[dict[str, Any]]:
+    """All headlines of a run.
+
+    Args:
+        tables: by step and name of the table.
+        folder: of the run.
+
+    Raises:
+        HeadlineError: every headline that cannot be measured, and how to mend it.
+    """
+    found, wrong = [], []
+    for number, headline in enumerate(asked):
+        try:
+            found.append(measured(headline, tables[headline.step][headline.table]))
+        except HeadlineError as error:
+            plain = re.fullmatch(r"[\w -]+", headline.name) is not None
+            key = f"headlines.{headline.name if plain else number}.{error.key}=VALUE"
+            wrong.append((str(error), shlex.quote(key)))
+    if wrong:
+        said = "\n".join(message for message, _ in wrong)
+        keys = " ".join(key for _, key in wrong)
+        raise HeadlineError(
+            f"{said}\nevery step is done and its result is kept; mend what was asked with: "
+            f"mechmm run --resume {folder} {keys}"
+        )
+    return found
 
 
 def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
@@ -77,10 +128,12 @@ def _selected(headline: Headline, table: pd.DataFrame) -> pd.DataFrame:
         fits = _fits(table[name], value)
         if not fits.any():
             known = ", ".join(map(repr, table[name].dropna().unique()[:20].tolist()))
-            raise _error(headline, f"has no row with {name} = {value!r}; there is {known}")
+            raise _error(
+                headline, f"has no row with {name} = {value!r}; there is {known}", f"where.{name}"
+            )
         keep &= fits
     if not keep.any():
-        raise _error(headline, f"has no row that fits all of {dict(headline.where)}")
+        raise _error(headline, f"has no row that fits all of {dict(headline.where)}", "where")
     return table[keep]
 
 
@@ -102,9 +155,9 @@ def _numbers(headline: Headline, rows: pd.DataFrame) -> np.ndarray:
     if headline.statistic == "count":
         return np.ones(len(rows))
     found = []
-    for name in (headline.column, headline.minus):
+    for key, name in (("column", headline.column), ("minus", headline.minus)):
         if name is not None and not pd.api.types.is_numeric_dtype(rows[name]):
-            raise _error(headline, f"has no numbers in column {name!r}")
+            raise _error(headline, f"has no numbers in column {name!r}", key)
         found.append(0.0 if name is None else rows[name].to_numpy(dtype=float, na_value=np.nan))
     return found[0] - found[1]
 
@@ -144,7 +197,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _error(headline: Headline, message: str) -> HeadlineError:
+def _error(headline: Headline, message: str, key: str) -> HeadlineError:
     return HeadlineError(
-        f"headline {headline.name!r}: the table of step {headline.step!r} {message}"
+        f"headline {headline.name!r}: the table of step {headline.step!r} {message}", key
     )

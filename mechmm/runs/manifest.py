@@ -105,8 +105,11 @@ def outputs(folder: Path) -> dict[str, str]:
 def model_files(name: str, base: Path, revision: str | None = None) -> dict[str, str]:
     """SHA-256 by name of a model's files: of the shipped model, a folder, or the hub's snapshot."""
     folder = model_folder(name, base, revision)
-    if folder is None:
-        return {}
+    return {} if folder is None else files_of(folder)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    """SHA-256 by name of the files of a model in a folder."""
     files = (path for path in sorted(folder.iterdir()) if path.is_file())
     return {path.name: file_digest(path) for path in files if path.suffix in _MODEL_FILES}
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import mechmm
 from mechmm.data.pairs import PairDataset
+from mechmm.data.questions import KINDS
 from mechmm.engine.contrast import TARGETS
+from mechmm.engine.embeddings import check_dual
 from mechmm.methods import (
     attribution,
     direct_logit_attribution,
@@ -73,6 +75,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "attribute.algorithm": attribution.METHODS,
     "neuron_attribution.algorithm": tuple(neuron_attribution.METHODS),
     "neuron_attribution.ablation": neuron_attribution.ABLATIONS,
+    "text_span.kind": tuple(KINDS),
     "ablate_tokens.by": ("mean", "zero", "corrupt"),
     "minimality.by": minimality.BY,
     "direct_logit_attribution.of": ("difference", "answer"),
@@ -118,6 +121,7 @@ class Method:
         first: its parameter that a config calls `pairs`.
         hidden: parameters that no config has.
         own: parameters of this method alone that are no plain values.
+        check_model: refuses models that the method cannot be used on, before anything runs.
     """
 
     function: Callable[..., Result]
@@ -125,6 +129,7 @@ class Method:
     first: str = "pairs"
     hidden: tuple[str, ...] = ()
     own: tuple[tuple[str, Argument], ...] = ()
+    check_model: Callable[[HookedMultimodal], None] = lambda model: None
 
     @property
     def parameters(self) -> dict[str, tuple[Any, Any]]:
@@ -187,8 +192,8 @@ class Method:
         if name == "metric":
             return default.__name__
         if default is Parameter.empty:
-            names = f" (there are {', '.join(known.sets)})" if name == "pairs" else ""
-            raise place.error(f"missing key `{name}`{names}")
+            there = _sets_there(known) if name == "pairs" else ""
+            raise place.error(f"missing key `{name}`{there}")
         return Ellipsis
 
     def sets(self, options: Mapping[str, Any]) -> dict[str, str]:
@@ -207,6 +212,12 @@ class Method:
         return self.function(
             scene.model, **own, **{n: v for n, v in given.items() if n in accepted}
         )
+
+
+def _sets_there(known: Known) -> str:
+    if known.sets:
+        return f" (there are {', '.join(known.sets)})"
+    return "; give at least one set of pairs, for example [pairs.color]"
 
 
 def _always(options: Options) -> bool:
@@ -270,7 +281,7 @@ def _table() -> dict[str, Method]:
         Method(mechmm.attention_steering),
         Method(mechmm.hallucination),
         Method(mechmm.subspace_interchange),
-        Method(composed.text_span, first=""),
+        Method(composed.text_span, first="", check_model=check_dual),
         Method(composed.overlap, first=""),
         Method(composed.rediscovery),
         Method(composed.chosen_circuit, first=""),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mechmm.model.hooked import HookedMultimodal
-from mechmm.runs import manifest
+from mechmm.runs import hub, manifest
 from mechmm.runs.config import Model
 from mechmm.runs.paths import RunError
 
@@ -17,35 +17,64 @@ from mechmm.runs.paths import RunError
 def load_model(
     config: Model, base: Path, given: Path | None = None
 ) -> tuple[HookedMultimodal, dict[str, Any]]:
-    """The model, and what the manifest says of it.
+    """The model, and what the manifest says of it: `revision` and `commit` of a hub model are the
+    commit that all its files come from.
 
     Args:
         base: where relative names start from.
         given: folder of the model's files, if not where the config says.
 
     Raises:
-        RunError: the files have another digest than the config says.
-        OSError: from `transformers`, where the name cannot be found.
+        RunError: the files have another digest than the config says; a hub model that neither the
+            hub nor the cache has, or that the cache has only in part.
+        OSError: from `transformers`, where it cannot be loaded.
     """
-    place = (config.name, base) if given is None else (str(given.absolute()), Path())
-    files = manifest.model_files(*place, config.revision)
-    folder = manifest.model_folder(*place, config.revision)
-    cached = folder is not None and folder.parent.name == "snapshots"
-    if files and not cached:  # a cache may hold only some of the files yet
-        _check_model(config, files)
-    options = {
-        "revision": config.revision,
-        "device": config.device,
-        "device_map": config.device_map,
-        "dtype": config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype),
-    }
+    if given is None and hub.is_hub(config.name, base):
+        return _from_hub(config)
     source = base / config.name if given is None else given
-    model = HookedMultimodal.from_pretrained(source if source.is_dir() else config.name, **options)
-    if not files or cached:  # now the hub's snapshot is whole
-        files = manifest.model_files(*place, config.revision)
-        _check_model(config, files)
-    facts = {"name": config.name, "revision": config.revision, "files": files}
-    return model, {**facts, "sha256": manifest.combined(files)}
+    folder = source if source.is_dir() else None
+    place = (config.name, base) if given is None else (str(given.absolute()), Path())
+    files = manifest.model_files(*place)
+    _check_model(config, files)
+    model = _loaded(config, config.name if folder is None else folder, config.revision)
+    return model, _facts(config.name, config.revision, None, files)
+
+
+def _from_hub(config: Model) -> tuple[HookedMultimodal, dict[str, Any]]:
+    folder = hub.snapshot(config.name, config.revision)
+    try:
+        model = _loaded(config, config.name, folder.name)
+    except OSError as error:
+        hub.check_whole(folder, config.name, error)
+        raise
+    if model.processor is None:
+        hub.check_whole(folder, config.name, model.no_processor)
+    files = manifest.files_of(folder)  # now that loading has brought what was missing
+    _check_model(config, files)
+    return model, _facts(config.name, folder.name, folder.name, files)
+
+
+def _loaded(config: Model, source: str | Path, revision: str | None) -> HookedMultimodal:
+    dtype = config.dtype if config.dtype in (None, "auto") else getattr(torch, config.dtype)
+    return HookedMultimodal.from_pretrained(
+        source, revision=revision, device=config.device, device_map=config.device_map, dtype=dtype
+    )
+
+
+def _facts(
+    name: str, revision: str | None, commit: str | None, files: Mapping[str, str]
+) -> dict[str, Any]:
+    facts = {"name": name, "revision": revision, "commit": commit, "files": dict(files)}
+    return {**facts, "sha256": manifest.combined(files)}
+
+
+def differing(known: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of a model's files that are others now than a manifest says, sorted. Of one commit of
+    the hub, a cache may have more files than it had."""
+    before, after = known["files"], now["files"]
+    commit = known.get("commit")
+    names = before if commit is not None and commit == now.get("commit") else {*before, *after}
+    return [name for name in sorted(names) if before.get(name) != after.get(name)]
 
 
 def _check_model(config: Model, files: Mapping[str, str]) -> None:

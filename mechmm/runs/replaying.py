@@ -29,8 +29,11 @@ from mechmm.runs.config import Config
 from mechmm.runs.difference import Difference, diff, print_difference
 from mechmm.runs.engines import Engine
 from mechmm.runs.folder import Run
+from mechmm.runs.hub import commit_of
+from mechmm.runs.models import differing
 from mechmm.runs.paths import FIGURES, PAIRS, RESULTS, WEIGHTS, RunError
-from mechmm.runs.runner import checkpoints, run
+from mechmm.runs.runner import run
+from mechmm.runs.unchanged import checkpoints
 from mechmm.runs.verification import Verification, verify
 
 RELATIVE = 1e-4
@@ -125,13 +128,17 @@ def _check_model(old: Run, source: Path | None) -> None:
     named = old.manifest["model"]
     base = old.folder / old.manifest.get("base", ".") if source is None else Path()
     name = str(named["name"] if source is None else source.absolute())
-    now = manifests.model_files(name, base, named.get("revision"))
+    folder = manifests.model_folder(name, base, named.get("revision"))
+    now = {} if folder is None else manifests.files_of(folder)
     if not now and (source is not None or name.startswith(".")):
         raise RunError(
             f"there is no model in {source or name}; say where its files lie with --model"
         )
+    commit = commit_of(folder)
+    if commit is not None:  # loading brings what is missing
+        now = {**named["files"], **now}
     if now:
-        _refuse_other(named, now)
+        _refuse_other(named, {"files": now, "commit": commit})
 
 
 def _check_checkpoints(old: Run, config: Config) -> None:
@@ -148,7 +155,7 @@ def _check_checkpoints(old: Run, config: Config) -> None:
 
 def _check_same(old: Run, new: Run) -> None:
     """The same once more for a model that the hub gave meanwhile, and for pairs made anew."""
-    _refuse_other(old.manifest["model"], new.manifest["model"]["files"])
+    _refuse_other(old.manifest["model"], new.manifest["model"])
     for name, pairs in old.manifest["pairs"].items():
         if new.manifest["pairs"][name]["sha256"] != pairs["sha256"]:
             raise RunError(
@@ -157,9 +164,9 @@ def _check_same(old: Run, new: Run) -> None:
             )
 
 
-def _refuse_other(named: Mapping[str, Any], now: Mapping[str, str]) -> None:
-    before = named["files"]
-    differ = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+def _refuse_other(named: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    before, now = named["files"], found["files"]
+    differ = differing(named, found)
     if not differ:
         return
     name = differ[0]

@@ -116,7 +116,7 @@ def test_only_workers_that_die_while_loading_count_as_lost(config, monkeypatch):
     monkeypatch.setattr(cluster, "_ray", Nothing)
     monkeypatch.setattr(cluster.Workers, "_start", lambda self: None)
     found = load(config, [*RAY, "engine.retries=1"])
-    workers, tries = cluster.Workers(found, "", None), {0: 0, 1: 0, 2: 0}
+    workers, tries = cluster.Workers(found, {}, None), {0: 0, 1: 0, 2: 0}
     for number in tries:
         workers._replace(None, found.steps[0], number, tries, OSError("killed"))
     workers._replace(None, found.steps[0], None, tries, OSError("killed"))

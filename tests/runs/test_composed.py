@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -10,7 +11,10 @@ from mechmm.data import shapes
 from mechmm.runs import composed, tables
 from mechmm.runs.config import load
 from mechmm.runs.methods import METHODS
+from mechmm.runs.paths import RunError
 from mechmm.runs.place import ConfigError
+from mechmm.runs.replaying import replay
+from mechmm.testing import tiny
 
 CONFIG = """
 name = "t"
@@ -105,3 +109,88 @@ def test_a_table_that_a_result_does_not_have_is_refused(tmp_path):
     path.write_text(CONFIG.replace("TABLE", "area"))
     with pytest.raises(ConfigError, match="did you mean `areas`"):
         load(path)
+
+
+def test_the_heads_of_a_dual_encoder_are_described_without_pairs(tmp_path):
+    clip = tiny("clip")
+    clip.hf_model.save_pretrained(tmp_path / "clip")
+    clip.processor.save_pretrained(tmp_path / "clip")
+    path = tmp_path / "demo.toml"
+    path.write_text(HEADS)
+    found = mm.runs.run(path, tmp_path / "run")
+    rng = np.random.default_rng(3)
+    pictures = [shapes.Sampler().scene(rng, "shape").render() for _ in range(4)]
+    texts = {"color": ["red", "blue"], "shape": ["circle", "star"]}
+    direct = mm.text_span(clip, pictures, texts, n_texts=2, n_random=2, n_ablated=1, seed=3)
+    table = direct.to_dataframe()
+    pd.testing.assert_frame_equal(found.table("heads"), table, atol=1e-6)
+    assert found.headlines["value"][0] == pytest.approx(table["explained"].mean(), abs=1e-6)
+    assert found.headlines["n"][1] == 2
+    assert replay(tmp_path / "run").agrees
+    with pytest.raises(RunError, match=r"\(text_span\): .* is no dual encoder"):
+        mm.runs.run(path, tmp_path / "other", ['model.name="mechmm/demo"'])
+    with pytest.raises(ConfigError, match=r"missing key `pairs`; give at least one set of pairs"):
+        load(path, ["steps=[{name='heads', method='answers'}]"])
+
+
+HEADS = """
+name = "heads"
+seed = 3
+model = { name = "clip" }
+[[steps]]
+name = "heads"
+method = "text_span"
+texts = { color = ["red", "blue"], shape = ["circle", "star"] }
+kind = "shape"
+n = 4
+n_texts = 2
+n_random = 2
+n_ablated = 1
+[[headlines]]
+name = "explained"
+step = "heads"
+column = "explained"
+[[headlines]]
+name = "ablated"
+step = "heads"
+table = "ablation"
+column = "change"
+where = { ablated = "color" }
+"""
+OVERLAP = """
+[[steps]]
+name = "same"
+method = "overlap"
+circuit = { step = "eap", n = 40 }
+other_circuit = { step = "eap", n = 40 }
+[[steps]]
+name = "half"
+method = "overlap"
+circuit = { step = "eap", n = 40 }
+other_circuit = { step = "eap", n = 20 }
+n_random = 5
+[[headlines]]
+name = "same"
+step = "same"
+column = "iou"
+where = { span = "all" }
+minus = "random_high"
+[[headlines]]
+name = "half"
+step = "half"
+column = "iou"
+where = { span = "all" }
+"""
+
+
+def test_circuits_of_a_run_overlap_as_they_are_nested(tmp_path):
+    path = tmp_path / "demo.toml"
+    start = CONFIG.split("[[steps]]")
+    path.write_text("[[steps]]".join(start[:2]) + OVERLAP)
+    found = mm.runs.run(path, tmp_path / "run")
+    one, other = (found.table(name).set_index("span").loc["all"] for name in ("same", "half"))
+    assert one["edges"] == one["other_edges"] == other["edges"] > other["other_edges"]
+    assert one["iou"] == 1
+    assert other["iou"] == other["other_edges"] / other["edges"]
+    assert found.headlines["value"].tolist() == [1 - one["random_high"], other["iou"]]
+    assert list((found.folder / "figures").glob("half.*.json"))

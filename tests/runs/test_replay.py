@@ -180,7 +180,7 @@ def test_another_checkpoint_is_refused_before_any_step(folder, monkeypatch):
 def test_a_model_that_is_not_there_is_asked_for(folder, tmp_path):
     alone = tmp_path / "alone"
     shutil.move(folder, alone)
-    with pytest.raises(OSError, match="cannot load 'model'"):
+    with pytest.raises(RunError, match="cannot load the model 'model': it is no local folder"):
         replay(alone)
     with pytest.raises(RunError, match="there is no model in"):
         replay(alone, model=tmp_path)
