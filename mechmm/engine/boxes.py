@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mechmm.engine.located import tower_rows
+from mechmm.engine.located import projected, tower_rows
 from mechmm.engine.sites import READING, SEEING
 from mechmm.model.grids import Grid
 from mechmm.model.layout import Box, Patches, SpanError, TokenLayout
@@ -19,13 +19,14 @@ def box_of(layout: TokenLayout, tower: str, prompt: int, row: int, position: int
     Args:
         row, position: in the hook's tensor.
     """
-    if tower in READING:
-        try:
-            box = layout.box(position, prompt)
-        except SpanError:
-            return None
-        return box.image, box.left, box.top, box.right, box.bottom
-    if tower not in SEEING or not layout.windows:
+    if tower not in SEEING:
+        if tower not in READING:  # a token that a projector gives stands for what its position does
+            places = {place: position for position, place in projected(layout, prompt)}
+            if (row, position) not in places:
+                return None
+            position = places[row, position]
+        return _of_token(layout, prompt, position)
+    if not layout.windows:
         return None
     first = tower_rows(layout, prompt)
     for image, medium in enumerate(layout.media[prompt]):
@@ -47,6 +48,9 @@ def places_in(
     """
     if tower in READING:
         return {(prompt, position) for position in layout.find(where, prompt)}
+    if tower not in SEEING:
+        places = dict(projected(layout, prompt))
+        return {places[position] for position in layout.find(where, prompt) if position in places}
     parts = layout.patches(where, prompt) if isinstance(where, Box) else (where,)
     media, found = layout.media[prompt], set()
     for part in parts:
@@ -56,6 +60,15 @@ def places_in(
             made = view.sources[row * view.columns + column].tolist()
             found |= {(first + own, position) for own, position in made}
     return found
+
+
+def _of_token(layout: TokenLayout, prompt: int, position: int) -> Seen | None:
+    """The pixel box of a position of the prompt."""
+    try:
+        box = layout.box(position, prompt)
+    except SpanError:
+        return None
+    return box.image, box.left, box.top, box.right, box.bottom
 
 
 def _view(layout: TokenLayout, prompt: int, part: Patches) -> Grid:

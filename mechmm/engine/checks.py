@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mechmm.data.metrics import READS_ANSWERS, Metric, name_of
 from mechmm.data.pairs import PairBatch, PairDataset
+from mechmm.engine.hidden import HIDDEN, PROJECTOR, behind, standing
 from mechmm.engine.located import located
 from mechmm.engine.places import QUERY_ROWS, spot_of
 from mechmm.engine.shelf import Keep
@@ -44,7 +45,9 @@ def check_sites(model: HookedMultimodal, sites: Sites) -> None:
     model.check_names(table["hook"].unique())
     for hook, tower in table[["hook", "tower"]].drop_duplicates().itertuples(index=False):
         own = spot_of(model, hook).tower
-        if str(tower).partition(".")[0] != own:
+        # What stands in front of a resampler has the positions of the tower that it reads.
+        names = {own, standing(model)} if own == PROJECTOR else {own}
+        if str(tower).partition(".")[0] not in names:
             raise SiteError(f"{hook} belongs to {own!r}, but the table of sites says {tower!r}")
     for column, size in (("head", heads_of), ("neuron", neurons_of)):
         for hook, group in table[table[column].notna()].groupby("hook"):
@@ -76,7 +79,9 @@ def heads_of(model: HookedMultimodal, hook: str) -> int:
 
 
 def neurons_of(model: HookedMultimodal, hook: str) -> int:
-    """Neurons of a hook: of the MLP, or entries of the residual stream."""
+    """Neurons of a hook: of the MLP or the projector, or entries of the residual stream."""
+    if hook == HIDDEN:
+        return behind(model).in_features
     tower, layer = _block(model, hook)
     if _by_head(hook):
         raise SiteError(f"{hook} has no neurons")

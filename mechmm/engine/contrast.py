@@ -20,6 +20,7 @@ from mechmm.data.metrics import Reading as Part
 from mechmm.data.pairs import PairBatch, PairDataset
 from mechmm.engine.checks import check_choice, check_metric, check_pairs
 from mechmm.engine.flow import Flow, hooks_of, slopes, values
+from mechmm.engine.hidden import HIDDEN, PROJECTOR, standing
 from mechmm.engine.places import spot_of
 from mechmm.engine.spans import Places, places_of
 from mechmm.engine.splice import Splice, stream_at
@@ -77,26 +78,29 @@ class Contrast:
 
     @cached_property
     def _ran(self) -> set[str]:
-        prefixes = {name: tower.prefix for name, tower in self.model.towers.items()}
-        return {
-            name
-            for name, prefix in prefixes.items()
-            if f"{prefix}blocks.0.hook_resid_pre" in self.clean.values
-        }
+        return {name for name in self.model.towers if self._first(name) in self.clean.values}
 
     @cached_property
     def places(self) -> Places:
-        """Where the spans of the graph lie."""
-        layout = self.clean_part.batch.layout
+        """Where the spans of the graph lie, also in the projector if its hidden layer is held."""
+        layout, spans = self.clean_part.batch.layout, self.wiring.graph.spans
         towers = [t for t in dict.fromkeys(g.tower for g in self.wiring.readers) if t in self._ran]
-        return places_of(layout, towers, self.wiring.graph.spans)
+        found = places_of(layout, towers, spans)
+        if HIDDEN in self.clean.values:
+            (found[PROJECTOR],) = places_of(layout, [standing(self.model)], spans).values()
+        return found
+
+    def _first(self, tower: str) -> str:
+        """A hook that shows how many rows and positions a tower has."""
+        if tower == PROJECTOR:
+            return HIDDEN
+        return f"{self.model.towers[tower].prefix}blocks.0.hook_resid_pre"
 
     def spans(self) -> dict[str, Int[Tensor, "row pos"]]:
         """By tower, the number of the span of every place; -1 for padding."""
         found = {}
         for tower, examples in self.places.items():
-            prefix = self.model.towers[tower].prefix
-            shape = self.clean.values[f"{prefix}blocks.0.hook_resid_pre"].shape[:2]
+            shape = self.clean.values[self._first(tower)].shape[:2]
             found[tower] = torch.full(shape, -1)
             for parts in examples:
                 for number, at in enumerate(parts):

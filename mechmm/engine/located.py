@@ -73,9 +73,9 @@ class Located:
         first = tower_rows(layout, prompt)
         if tower in SEEING:
             return _where([(first + i, p) for i, p in layout.vision_positions(span, prompt)])
-        projected = _projected(layout, prompt)
-        covered = {p for p, _ in projected} if span == "all" else layout.positions(span, prompt)
-        return _where([place for position, place in projected if position in set(covered)])
+        tokens = projected(layout, prompt)
+        covered = {p for p, _ in tokens} if span == "all" else layout.positions(span, prompt)
+        return _where([place for position, place in tokens if position in set(covered)])
 
     def _everything(self, tower: str, prompt: int) -> Where:
         """Every place of a prompt in a tower or projector."""
@@ -84,14 +84,14 @@ class Located:
             return _where([(prompt, position) for position in real])
         if tower in SEEING:
             return self.covered(tower, "all", prompt)
-        return _where([place for _, place in _projected(self.layout, prompt)])
+        return _where([place for _, place in projected(self.layout, prompt)])
 
 
 def _where(places: list[tuple[int, int]]) -> Where:
     return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
-def _projected(layout: TokenLayout, prompt: int) -> list[tuple[int, tuple[int, int]]]:
+def projected(layout: TokenLayout, prompt: int) -> list[tuple[int, tuple[int, int]]]:
     """(position, (row, index)) of every projected token of a prompt."""
     found, first = [], tower_rows(layout, prompt)
     for number, medium in enumerate(layout.media[prompt]):

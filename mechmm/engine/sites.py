@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from mechmm.engine.hidden import HIDDEN, PROJECTOR, lacking, standing
 from mechmm.engine.places import spot_of
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 
@@ -162,8 +163,14 @@ def neurons(
     """Chosen neurons of MLPs (`mlp.hook_post`), by layer, neuron and span.
 
     Args:
-        neurons: layer -> numbers of neurons.
+        neurons: layer -> numbers of neurons; of the projector, which has one layer: {-1: numbers}.
+        tower: name of one of `model.towers`, or `"projector"` for the projector's hidden layer.
+
+    Raises:
+        ValueError: a tower or layer that there is not, or a projector without a hidden layer.
     """
+    if tower == PROJECTOR:
+        return _projected(model, neurons, spans)
     (tower,) = _towers(model, [tower])
     rows = []
     for layer in _layers(model, tower, neurons, "mlp.hook_post"):
@@ -175,6 +182,34 @@ def neurons(
             for span in _spans(tower, spans)
         ]
     return table_of(rows)
+
+
+def _projected(
+    model: HookedMultimodal, neurons: Mapping[int, Sequence[int]], spans: Sequence[str]
+) -> Sites:
+    """Chosen neurons of the projector's hidden layer."""
+    if why := lacking(model):
+        raise ValueError(why)
+    if odd := set(neurons) - {-1}:
+        raise ValueError(f"the projector has one hidden layer, -1, and no layer {odd.pop()}")
+    tower = standing(model)
+    rows = [
+        _row(HIDDEN, tower, None, "neuron", span, neuron=int(neuron))
+        for neuron in neurons.get(-1, ())
+        for span in _spans(tower, spans)
+    ]
+    return table_of(rows)
+
+
+def hidden(model: HookedMultimodal, hook: str, spans: Sequence[str]) -> Sites:
+    """A hook of hidden units, of an MLP or of the projector, by span.
+
+    Raises:
+        UnknownHookError: a hook that the model does not have, with the nearest names.
+    """
+    found = named(model, hook, spans)
+    ours = found.table["tower"] == PROJECTOR
+    return Sites(found.table.assign(tower=standing(model))) if ours.any() else found
 
 
 def patches(model: HookedMultimodal, *, layers: Iterable[int] | None = None) -> Sites:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mechmm.data.pairs import PairDataset
+from mechmm.engine.hidden import PROJECTOR
 from mechmm.engine.located import Located, tower_rows
 from mechmm.engine.sites import READING
 from mechmm.model.layout import PADDING, SpanError, TokenLayout
@@ -57,7 +58,7 @@ def places_of(layout: TokenLayout, towers: Sequence[str], spans: Sequence[str]) 
     """
     finder, found = Located(layout), {}
     for tower in towers:
-        kind = tower if tower in READING else "vision"
+        kind = tower if tower in (*READING, PROJECTOR) else "vision"
         found[tower] = [_split(finder, kind, spans, prompt) for prompt in range(layout.shape[0])]
     return found
 

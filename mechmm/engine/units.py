@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,11 +23,12 @@ from torch import Tensor
 
 from mechmm.engine.contrast import Contrast
 from mechmm.engine.flow import slopes_at, stem, written_at
+from mechmm.engine.hidden import HIDDEN, PROJECTOR, behind
 from mechmm.engine.sites import READING, TEXT_SPANS
 from mechmm.engine.wiring import Group, Wiring, wired
 from mechmm.model.hooked import HookedMultimodal
 from mechmm.model.tower import Tower
-from mechmm.results.graph import Graph
+from mechmm.results.graph import Graph, table_of
 from mechmm.results.units import GRANULARITIES, Units
 
 
@@ -76,7 +77,7 @@ class UnitMap:
     def hidden(self) -> list[str]:
         """Hooks of hidden units, which edges do not need."""
         hooks = (hook for home in self.homes for hook in home.hooks)
-        return [hook for hook in hooks if hook.endswith("mlp.hook_post")]
+        return [hook for hook in hooks if hook.endswith(("mlp.hook_post", HIDDEN))]
 
 
 def graph(
@@ -132,6 +133,19 @@ def unit_map(model: HookedMultimodal, spans: Sequence[str], granularity: str) ->
         hooks = _hooks(model, wiring, group, granularity)
         homes.append(Home(group, hooks, (start, stop)))
     return UnitMap(wiring, units, tuple(homes))
+
+
+def projector_map(model: HookedMultimodal, spans: Sequence[str]) -> UnitMap:
+    """The hidden units of a projector that has some; in the graph it is one node, which they are
+    parts of (errors as `graph`)."""
+    wiring, size = wired(model, spans), behind(model).in_features
+    names = wiring.graph.spans
+    own = table_of([(PROJECTOR, PROJECTOR, "mlp", -1, -1)])
+    alone = replace(wiring.graph, writers=own)
+    there = tuple(i for i, span in enumerate(names) if span not in TEXT_SPANS)
+    units = Units(alone, "neuron", np.array([size]), {PROJECTOR: there})
+    home = Home(Group(PROJECTOR, "mlp", -1, (0, 1)), (HIDDEN,), (0, size))
+    return UnitMap(wiring, units, (home,))
 
 
 def neurons(model: HookedMultimodal, group: Group) -> int:

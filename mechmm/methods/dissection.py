@@ -254,8 +254,8 @@ def dissection(
         data: pairs (the clean prompts are read), or batches.
         concepts: name -> for every example the places where it is to be seen; for scenes
             `mechmm.data.shapes.concepts` makes them. Default: the pairs' own spans in pictures.
-        sites: hooks of one tower at one span; every feature of a hook is a unit. Default: the
-            hidden units of all MLPs of the vision tower, at `image`.
+        sites: hooks of one tower, or of the projector, at one span; every feature of a hook is a
+            unit. Default: the hidden units of all MLPs of the vision tower, at `image`.
         top: share of patches that lie above a unit's threshold, over all pictures.
         least: the IoU of a detector.
         n_shuffled: exchanges of masks among pictures that have equally many patches.
@@ -277,7 +277,7 @@ def dissection(
         raise ValueError(f"least is {least}; an IoU lies above 0 and at most at 1")
     sites = _hidden(model) if sites is None else sites
     check_data(model, data, sites)
-    tower = _tower(sites)
+    tower = _tower(model, sites)
     concepts = _checked(_own(data) if concepts is None else concepts, count(data))
     masks = _masks(data, sites, tower, concepts, batch_size)
     if not 1 <= round(top * len(masks)) <= len(masks) / 2:
@@ -329,7 +329,7 @@ def _hidden(model: HookedMultimodal) -> Sites:
     return found
 
 
-def _tower(sites: Sites) -> str:
+def _tower(model: HookedMultimodal, sites: Sites) -> str:
     """The tower of sites that all have the same places."""
     table = sites.table
     towers, spans = table["tower"].unique(), table["span"].unique()
@@ -339,7 +339,8 @@ def _tower(sites: Sites) -> str:
             "hooks of one tower at one span, whose units are compared at the same patches"
         )
     tower = str(towers[0])
-    if tower not in (*READING, *SEEING):
+    projector = model.family.projectors.get(tower.partition(".")[0])
+    if tower not in (*READING, *SEEING) and (projector is None or not projector.last):
         raise ValueError(f"positions in {tower} stand for no part of a picture; choose a tower")
     return tower
 

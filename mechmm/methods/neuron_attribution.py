@@ -14,7 +14,9 @@ Of some pairs the neurons with the largest mean scores are chosen. In all prompt
 zero or to their mean, all together, at every position of the span; beside them stand sets of as
 many random other neurons of the same layers. Effects are read on the pairs that chose nothing.
 
-A neuron of the language model is decoded by W_U W_out[k], the logits that it writes directly.
+A neuron of the language model is decoded by W_U W_out[k], the logits that it writes directly; so is
+one of the projector's hidden layer (`projector.hook_post`), whose output enters the language model
+as it is.
 
 Schwettmann et al. 2308.01544 (their score is the gradient's, with a_ref zero); Goh et al. 2021.
 """
@@ -40,15 +42,16 @@ from mechmm.engine.cells import Cells, concatenated
 from mechmm.engine.checks import SiteError, check_choice, check_limits, check_model, check_seed
 from mechmm.engine.contrast import TARGETS, check_contrast, contrasts
 from mechmm.engine.estimate import check_gradient
+from mechmm.engine.hidden import PROJECTOR, behind, lacking, writes
 from mechmm.engine.located import located
 from mechmm.engine.places import Ints, Places, Values
 from mechmm.engine.readout import nearest
-from mechmm.engine.sites import Sites, named, neurons
+from mechmm.engine.sites import Sites, hidden, neurons
 from mechmm.engine.split import chosen_on
 from mechmm.engine.states import means, prompts_of, states
 from mechmm.engine.sweep import Report
 from mechmm.engine.unit_scores import unit_scores
-from mechmm.engine.units import Home, UnitBatch, UnitMap, unit_map
+from mechmm.engine.units import Home, UnitBatch, UnitMap, projector_map, unit_map
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.model.layout import SpanError
 from mechmm.results import plots
@@ -70,17 +73,18 @@ class NeuronAttribution(Result):
 
     Attributes:
         scores: [example, neuron]; positive = supports the clean answer, in units of the metric.
-        neurons: layer and neuron of every column of `scores`.
+        neurons: layer and neuron of every column of `scores`; the projector's layer is -1.
         train: the examples that chose [example].
         top: columns of the chosen neurons, largest mean score first.
         random: columns of the random sets, one set per row [draw, top].
         base: the metric of the clean prompts [example]; ablated: without the chosen neurons
             [example]; nulls: without each random set [draw, example].
         words: that each chosen neuron writes directly; random_words: those of each random set
-            [draw, top]; both empty in a vision tower. answers: of all pairs, each word once.
+            [draw, top]; both empty where none writes into the language model. answers: of all
+            pairs, each word once.
         places: where the chosen neurons are most active in the clean prompts: layer, neuron,
-            activation, example, position, picture (a number in `pictures`, -1: none) and the box
-            of the patch in pixels. pictures: of these places.
+            activation, example, position (of the hook's tensor), picture (a number in `pictures`,
+            -1: none) and the box of the patch in pixels. pictures: of these places.
         tower, span, method, reference, ablation, metric: names.
     """
 
@@ -131,8 +135,8 @@ class NeuronAttribution(Result):
 
     def decoded(self) -> pd.DataFrame:
         """One row per set of neurons, the chosen one first: the share of its neurons that have an
-        answer of some pair among their words, beside the mean share of the random sets. None in a
-        vision tower."""
+        answer of some pair among their words, beside the mean share of the random sets. None where
+        they have no words."""
         rows = [
             ("top" if number == 0 else f"random {number}", self._tell(words), number > 0)
             for number, words in enumerate((self.words, *self.random_words))
@@ -179,7 +183,7 @@ class NeuronAttribution(Result):
         """A report: the figures and both tables."""
         contents = [*self.plot().values(), self.effects(), self.decoded(), self.to_dataframe()]
         shown = [
-            Captioned(self.sheet(rank), f"m{layer}.n{neuron}, most active on the left")
+            Captioned(self.sheet(rank), f"{_name(layer, neuron)}, most active on the left")
             for rank, (layer, neuron) in enumerate(self.neurons.iloc[list(self.top)].to_numpy())
             if len(self._pictured(rank))
         ]
@@ -192,7 +196,7 @@ class NeuronAttribution(Result):
         table = self.effects()
         rest = table["change"][1:]
         return (
-            f"{len(self.neurons)} neurons of the {self.tower} tower at {self.span}, scored by "
+            f"{len(self.neurons)} neurons of the {_where(self.tower)} at {self.span}, scored by "
             f"{self.method} from {self.reference}; the {len(self.top)} best of "
             f"{int(self.train.sum())} pairs set to {self.ablation} in {int((~self.train).sum())} "
             f"others. {self.metric} is {float(self.base[~self.train].mean()):.2f} and changes by "
@@ -202,7 +206,8 @@ class NeuronAttribution(Result):
 
     def _bars(self) -> Figure:
         table = self.to_dataframe()
-        names = [f"m{row.layer}.n{row.neuron} {row.words}".strip() for row in table.itertuples()]
+        rows = table.itertuples()
+        names = [f"{_name(row.layer, row.neuron)} {row.words}".strip() for row in rows]
         value, low, high = (table[name].to_numpy(float) for name in ("score", "low", "high"))
         drawn = self.scores[~self.train].mean(0)[torch.tensor(self.random).flatten()]
         null = tuple(drawn.quantile(torch.tensor((0.025, 0.975))).tolist())
@@ -217,6 +222,14 @@ class NeuronAttribution(Result):
         title = f"change of {self.metric} with {len(self.top)} neurons set to {self.ablation}"
         extra = {"value_title": "change", "null_title": "random neurons"}
         return plots.bars(list(table["neurons"]), value, low, high, title, null=null, **extra)
+
+
+def _name(layer: Any, neuron: Any) -> str:
+    return f"m{layer}.n{neuron}" if layer >= 0 else f"{PROJECTOR}.n{neuron}"
+
+
+def _where(tower: str) -> str:
+    return tower if tower == PROJECTOR else f"{tower} tower"
 
 
 def neuron_attribution(
@@ -244,7 +257,7 @@ def neuron_attribution(
     Layers whose MLP is a mixture of experts have no neurons of their own and are left out.
 
     Args:
-        tower: `"language"` or `"vision"`.
+        tower: `"language"`, `"vision"`, ...; `"projector"`: the hidden layer of the projector.
         method: `"gradient"` or `"ig"` (see above).
         reference: `"zero"`, `"mean"` or `"corrupt"`.
         steps: of integrated gradients; each is a run per layer.
@@ -263,7 +276,7 @@ def neuron_attribution(
         ValueError: an unknown tower, method, reference or ablation; a number below 1; more neurons
             than half of a layer's; a share that leaves fewer than two pairs on a side; a metric
             without a gradient; a model without logits after a prompt.
-        SiteError: a tower without neurons of its own, or without the span.
+        SiteError: a tower without neurons of its own, a projector without a hidden layer.
         SpanError: a span that some pair does not have.
         StreamError: a model whose residual stream is no sum of what its components write.
     """
@@ -271,7 +284,7 @@ def neuron_attribution(
     check_limits(steps=steps, top=top, n_random=n_random, n_places=n_places)
     check_limits(batch_size=batch_size)
     for what, given, known in (
-        ("tower", tower, model.towers),
+        ("tower", tower, (*model.towers, PROJECTOR)),
         ("method", method, METHODS),
         ("reference", reference, TARGETS),
         ("ablation", ablation, ABLATIONS),
@@ -294,7 +307,7 @@ def neuron_attribution(
     ablated = _Ablated.of(model, pairs, units, table, sets, span, ablation, batch_size)
     every = Cells(model, pairs, len(sets), ablated.changes, metric, batch_size, tokens)
     found = every.run(report)
-    told = _words(model, table, sets) if tower == LANGUAGE else ((),)
+    told = _words(model, table, sets) if _speaks(model, tower) else ((),)
     chosen_ones = _sites(model, table.iloc[best], tower, span)
     places, pictures = _shown(model, pairs, chosen_ones, n_places, batch_size)
     return NeuronAttribution(
@@ -322,6 +335,10 @@ def neuron_attribution(
 
 def _hidden(model: HookedMultimodal, tower: str, span: str) -> UnitMap:
     """The units of a model, of which only the hidden ones of one tower's MLPs have a home."""
+    if tower == PROJECTOR:
+        if why := lacking(model):
+            raise SiteError(why)
+        return projector_map(model, (span,))
     whole = unit_map(model, (span,), "neuron")
     own = tuple(
         home
@@ -340,7 +357,7 @@ def _check_span(
     model: HookedMultimodal, pairs: PairDataset, home: Home, span: str, batch_size: int
 ) -> None:
     """Refuse a span that a clean prompt has no position of."""
-    site = named(model, home.hooks[0], (span,))
+    site, what = hidden(model, home.hooks[0], (span,)), _where(home.group.tower)
     for batch in pairs.batches(batch_size):
         for at, part in ((batch.clean, "clean"), (batch.corrupt, "corrupt")):
             places = located(site, at.layout, 0, batch.indices)
@@ -348,8 +365,8 @@ def _check_span(
             if not counts.all():
                 number = batch.indices[int(counts.argmin())]
                 raise SpanError(
-                    f"pair {number} has no position in span {span!r} of the {home.group.tower} "
-                    f"tower in its {part} prompt; choose another span or drop the pair"
+                    f"pair {number} has no position in span {span!r} of the {what} in its {part} "
+                    "prompt; choose another span or drop the pair"
                 )
 
 
@@ -400,13 +417,25 @@ def _alike(
     return draws
 
 
+def _speaks(model: HookedMultimodal, tower: str) -> bool:
+    """Whether neurons write into the language model's residual stream directly."""
+    return writes(model) if tower == PROJECTOR else tower == LANGUAGE
+
+
+def _behind(model: HookedMultimodal, layer: Any) -> Any:
+    """The linear map that reads the neurons of a layer of the language model, or (-1) of the
+    projector."""
+    return behind(model) if layer < 0 else model.towers[LANGUAGE].linear(layer, "mlp_out")
+
+
 def _words(
     model: HookedMultimodal, table: pd.DataFrame, sets: Sequence[Sequence[int]]
 ) -> tuple[tuple[str, ...], ...]:
     """The words with the largest logits W_U W_out[k] of every neuron of some sets."""
     tower, every = model.towers[LANGUAGE], table.iloc[[n for own in sets for n in own]]
-    linears = [(tower.linear(row.layer, "mlp_out"), row.neuron) for row in every.itertuples()]
-    rows = [linear.weight[:, neuron] for linear, neuron in linears]  # type: ignore[union-attr]
+    linears = [_behind(model, row.layer) for row in every.itertuples()]
+    numbers = every["neuron"].tolist()
+    rows = [own.weight[:, neuron] for own, neuron in zip(linears, numbers, strict=True)]
     _, ids = nearest(torch.stack(rows).detach(), tower.W_U.detach().T, WORDS)
     said = [model.to_string(row[:, None]) for row in ids.cpu()]
     told = iter([" ".join(word.strip() for word in row) for row in said])
@@ -431,7 +460,8 @@ def _shown(
             for at in values.topk(min(n, len(values))).indices.tolist():
                 place = (int(own.prompt[at]), int(own.row[at]), int(own.position[at]))
                 box = box_of(batch.layout, str(site.tower), *place) or (-1, *(np.nan,) * 4)
-                active = (int(site.layer), int(site.neuron), float(values[at]))  # type: ignore[arg-type]
+                layer = -1 if pd.isna(site.layer) else int(site.layer)  # type: ignore[arg-type]
+                active = (layer, int(site.neuron), float(values[at]))  # type: ignore[arg-type]
                 rows.append((*active, indices[place[0]], place[2], *box))
     columns = ("layer", "neuron", "activation", "example", "position", "image", *edges)
     table = pd.DataFrame(rows, columns=list(columns))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,9 +28,10 @@ from jaxtyping import Bool, Float
 from plotly.graph_objects import Figure
 from torch import Tensor
 
-from mechmm.engine.checks import check_limits, check_seed
+from mechmm.engine.checks import check_choice, check_limits, check_seed
+from mechmm.engine.hidden import PROJECTOR, ahead, behind, lacking
 from mechmm.engine.places import Ints
-from mechmm.engine.sites import named, unfit_of
+from mechmm.engine.sites import hidden, unfit_of
 from mechmm.engine.states import Data, States, check_data, count, prompts_of, states
 from mechmm.model.hooked import LANGUAGE, HookedMultimodal
 from mechmm.results import plots
@@ -53,7 +54,7 @@ class NeuronSelectivity(Result):
         positions: of every group [example, group].
         null: entropies with shuffled groups [shuffle, neuron]; NaN where the neuron never fires.
         neurons: layer and neuron of every column.
-        spans: the groups: spans, or domains.
+        spans: the groups: spans, or domains. tower: whose neurons; the projector's layer is -1.
         threshold: above which a neuron fires. most: entropy of a selective one.
     """
 
@@ -64,6 +65,7 @@ class NeuronSelectivity(Result):
     spans: tuple[str, ...]
     threshold: float
     most: float
+    tower: str = LANGUAGE
 
     def rates(self) -> Float[Tensor, "group neuron"]:
         """The share of a group's positions at which a neuron fires."""
@@ -161,7 +163,11 @@ class NeuronSelectivity(Result):
         rates = self.fired[there, group][:, columns] / self.positions[there, group, None]
         low, high = bootstrap_interval(rates.T)
         elsewhere = own[[f"rate_{s}" for s in self.spans if s != span]].to_numpy()
-        names = [f"m{row.layer}.n{row.neuron}" for row in own.itertuples()]
+        single = self.tower == PROJECTOR
+        names = [
+            f"{PROJECTOR}.n{row.neuron}" if single else f"m{row.layer}.n{row.neuron}"
+            for row in own.itertuples()
+        ]
         title = f"share of positions of {span} at which neurons fire"
         extra = {"value_title": "rate", "null_title": "the same neurons elsewhere"}
         null = (float(elsewhere.min()), float(elsewhere.max()))
@@ -180,6 +186,7 @@ def neuron_selectivity(
     *,
     spans: Sequence[str] = ("image", "text"),
     domains: Sequence[str] | None = None,
+    tower: str = LANGUAGE,
     layers: Sequence[int] | None = None,
     threshold: float = 0.0,
     most: float = MOST,
@@ -187,7 +194,7 @@ def neuron_selectivity(
     seed: int = 0,
     batch_size: int = 16,
 ) -> NeuronSelectivity:
-    """How selective the hidden units of the language model's MLPs are for groups of positions.
+    """How selective the hidden units of a tower's MLPs are for groups of positions.
 
     Layers whose MLP is a mixture of experts have no neurons of their own and are left out.
 
@@ -195,16 +202,18 @@ def neuron_selectivity(
         data: pairs (the clean prompts are read), or batches.
         spans: the groups; no position may be in two.
         domains: of every example; they are the groups, and `spans` says which positions count.
+        tower: `"language"`, `"vision"`, ...; `"projector"`: its hidden layer. Where a tower has no
+            text, give spans of pictures, or domains.
         layers: default: all.
-        threshold: above which a neuron fires, of `mlp.hook_pre`.
+        threshold: above which a neuron fires, of `mlp.hook_pre` (`projector.hook_pre`).
         most: the largest entropy of a selective neuron, in nats.
         n_shuffled: shuffles of the groups of each example's positions, or of the domains.
         seed: of the shuffles.
 
     Raises:
         ValueError: fewer than two groups, or twice the same; another number of domains than of
-            examples; positions in two groups; fewer than two shuffles; a layer that the model does
-            not have; a model without neurons.
+            examples; positions in two groups; fewer than two shuffles; an unknown tower, or one
+            without neurons or without a prompt's positions; a layer that it does not have.
         SpanError: a span that some example does not have.
     """
     check_seed(seed)
@@ -214,23 +223,23 @@ def neuron_selectivity(
     groups, label = _groups(data, spans, domains)
     if not 0 < most <= np.log(len(groups)):
         raise ValueError(f"most is {most}; entropies of {len(groups)} groups end at their log")
-    hooks = _hooks(model, layers)
-    sites = named(model, hooks[0][1], spans)
-    for _, hook in hooks[1:]:
-        sites = sites + named(model, hook, spans)
+    check_choice("tower", tower, (*model.towers, PROJECTOR))
+    hooks = _projector(model, layers) if tower == PROJECTOR else _hooks(model, tower, layers)
+    sites = hidden(model, hooks[0].hook, spans)
+    for own in hooks[1:]:
+        sites = sites + hidden(model, own.hook, spans)
     check_data(model, data, sites)
     counts = _Counts(spans, threshold, n_shuffled, np.random.default_rng(seed), label)
     for batch, indices in prompts_of(data, batch_size):
         counts.add(states(model, batch, sites, indices, seed), indices)
     fired, positions, null = counts.found()
-    sizes = [model.towers[LANGUAGE].linear(layer, "mlp_out").in_features for layer, _ in hooks]  # type: ignore[union-attr]
     table = pd.DataFrame(
         {
-            "layer": np.repeat([layer for layer, _ in hooks], sizes),
-            "neuron": np.concatenate([np.arange(size) for size in sizes]),
+            "layer": np.repeat([own.layer for own in hooks], [own.size for own in hooks]),
+            "neuron": np.concatenate([np.arange(own.size) for own in hooks]),
         }
     )
-    return NeuronSelectivity(fired, positions, null, table, groups, threshold, most)
+    return NeuronSelectivity(fired, positions, null, table, groups, threshold, most, tower)
 
 
 def _groups(
@@ -253,23 +262,46 @@ def _groups(
     return tuple(names.tolist()), label
 
 
-def _hooks(model: HookedMultimodal, layers: Sequence[int] | None) -> list[tuple[int, str]]:
-    """Layers with neurons of their own, and where these are hooked."""
-    name = model.family.architecture
-    if LANGUAGE not in model.towers or unfit_of(model, LANGUAGE):
-        raise ValueError(f"{name} has no language model whose positions are those of a prompt")
-    tower = model.towers[LANGUAGE]
+class _Layer(NamedTuple):
+    """Neurons of one layer: where they are hooked, and how many."""
+
+    layer: int
+    hook: str
+    size: int
+
+
+def _projector(model: HookedMultimodal, layers: Sequence[int] | None) -> list[_Layer]:
+    """The hidden layer of the projector."""
+    if why := lacking(model):
+        raise ValueError(why)
+    if layers is not None:
+        raise ValueError(f"layers are {list(layers)}, but the projector has one; leave them out")
+    size, before = behind(model).in_features, ahead(model).out_features
+    if before != size:
+        raise ValueError(
+            f"projector.hook_pre of {model.family.architecture} has values and gates in one, "
+            f"{before} numbers for {size} neurons, so that none says alone where a neuron fires; "
+            "mm.neuron_attribution takes what they make together"
+        )
+    return [_Layer(-1, "projector.hook_pre", size)]
+
+
+def _hooks(model: HookedMultimodal, name: str, layers: Sequence[int] | None) -> list[_Layer]:
+    """Layers of a tower with neurons of their own."""
+    tower, who = model.towers[name], f"the {name} tower of {model.family.architecture}"
+    if why := unfit_of(model, name):
+        raise ValueError(f"{who} has no positions of a prompt: {why}")
     count, found = tower.cfg.n_layers, []
     for layer in range(count) if layers is None else layers:
         if not 0 <= layer < count:
-            raise ValueError(f"the language model has layers 0..{count - 1}, not {layer}")
-        hook = f"{tower.prefix}blocks.{layer}.mlp.hook_pre"
+            raise ValueError(f"{who} has layers 0..{count - 1}, not {layer}")
+        hook, linear = f"{tower.prefix}blocks.{layer}.mlp.hook_pre", tower.linear(layer, "mlp_out")
         mixed = tower.part(layer, "mlp", tower.row.experts) is not None
-        if hook in model.hook_dict and tower.linear(layer, "mlp_out") is not None and not mixed:
-            found.append((layer, hook))
+        if hook in model.hook_dict and linear is not None and not mixed:
+            found.append(_Layer(layer, hook, linear.in_features))
     if not found:
         raise ValueError(
-            f"no MLP of {name} in these layers has neurons of its own; choose other layers or "
+            f"no MLP of {who} in these layers has neurons of its own; choose other layers or "
             "another model"
         )
     return found

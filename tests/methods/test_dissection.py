@@ -77,21 +77,53 @@ def _touches(seen, places) -> bool:
 
 
 @pytest.mark.parametrize(
-    "family", ["llava", "gemma3", "idefics3", "qwen2_vl", "llava_next", "internvl", "blip-2"]
+    ("family", "tower"),
+    [
+        *((family, "vision") for family in ("llava", "gemma3", "idefics3", "qwen2_vl")),
+        *((family, "vision") for family in ("llava_next", "internvl", "blip-2")),
+        *((family, "projector") for family in ("llava", "qwen2_vl", "llava_next")),
+    ],
 )
-def test_ious_are_those_counted_by_hand(family):
+def test_ious_are_those_counted_by_hand(family, tower):
     model, pairs = tiny_pairs(family, N)
     concepts = {
         "box": [[half("left" if i % 2 else "right")] if i else [] for i in range(N)],
         "corners": [[mm.Box(1, 1, 7, 7), mm.Box(20, 24, 31, 31)] for _ in range(N)],
     }
     hook = f"vision.blocks.{model.towers['vision'].cfg.n_layers - 1}.mlp.hook_post"
+    hook = "projector.hook_post" if tower == "projector" else hook
     sites = mm.sites.named(model, hook, ["image"])
     found = mm.dissection(model, pairs, concepts, sites=sites, top=0.1, batch_size=4)
-    expected = by_hand(model, pairs, concepts, sites, 0.1)
+    expected = by_hand(model, pairs, concepts, sites, 0.1, tower)
     torch.testing.assert_close(found.iou(), expected, atol=2e-3, rtol=0)
     assert found.iou().max() > 0.05
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "internvl"])
+def test_what_a_projector_makes_of_a_box_enters_at_the_positions_of_the_box(family):
+    """Its hidden layer is changed at the places of a box: the stream changes there and nowhere
+    else."""
+    model, pairs = tiny_pairs(family, 2)
+    batch, box = pairs.batch([0, 1]).clean, half("left")
+    places = places_in(batch.layout, "projector", 1, box)
+
+    def edit(value, hook):
+        value = value.clone()
+        for row, position in places:
+            value[row, position] += 1
+        return value
+
+    streams = []
+    for hooks in ([], [("projector.hook_post", edit)]):
+        watch = ("blocks.0.hook_resid_pre", lambda value, hook: streams.append(value.clone()))
+        with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, watch]):
+            model(batch)
+    moved = ((streams[1] - streams[0]).norm(dim=-1) > 1e-5).nonzero().tolist()
+    assert moved == [[1, position] for position in batch.layout.find(box, 1)]
+    for row, position in places:
+        image, left, *_ = box_of(batch.layout, "projector", 1, row, position)
+        assert (image, left < box.right) == (0, True)
 
 
 def test_towers_without_language_and_towers_of_language():
@@ -260,10 +292,13 @@ def test_sites_that_cannot_be_compared_are_refused(demo, colors):
     every = {"a": PLACES}
     both = mm.sites.residual(demo, ["image"], layers=[0])
     single = mm.sites.neurons(demo, {0: [1, 2]}, ["image"], tower="vision")
-    projected = mm.sites.projector(demo)
-    for sites, message in ((both, "one tower"), (single, "whole hooks"), (projected, "projector")):
+    for sites, message in ((both, "one tower"), (single, "whole hooks")):
         with pytest.raises(ValueError, match=message):
             mm.dissection(demo, colors, every, sites=sites)
+    resampled, pairs = tiny_pairs("idefics2", 2)
+    sites = mm.sites.named(resampled, "projector.hook_post", ["image"])
+    with pytest.raises(ValueError, match="positions in projector"):
+        mm.dissection(resampled, pairs, {"a": PLACES[:2]}, sites=sites)
     with pytest.raises(ValueError, match="batches name no concepts"):
         mm.dissection(demo, [colors.batch([0]).clean])
     with pytest.raises(ValueError, match="could exchange"):

@@ -9,6 +9,7 @@ import torch
 import mechmm as mm
 from mechmm.data import shapes
 from mechmm.data.metrics import last_logits
+from mechmm.engine.checks import SiteError
 from mechmm.model.layout import SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
@@ -74,6 +75,99 @@ def test_it_is_what_hooks_by_hand_give(family):
             with torch.no_grad(), model.hooks(fwd_hooks=hooks):
                 expected = metric_of(model, batch)[0]
             torch.testing.assert_close(value[number], expected, rtol=1e-3, atol=1e-4)
+
+
+HIDDEN = "projector.hook_post"
+
+
+def at_projector(model, prompt, baseline, way=1.0):
+    """What a prompt has in the projector's hidden layer, and its slope part of the way there."""
+    kept = {}
+
+    def keep(value, hook):
+        kept["clean"] = value.detach().clone()
+        mixed = baseline + way * (kept["clean"] - baseline)
+        kept["value"] = mixed.requires_grad_()
+        return kept["value"] + 0.0
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(HIDDEN, keep)]):
+        mm.logit_diff(last_logits(model, prompt.clean), prompt.answers).sum().backward()
+    return kept["clean"], kept["value"].grad
+
+
+def stream_of(model, batch, hooks):
+    """What enters the language model's first block [pos, d]."""
+    kept = {}
+    watch = ("blocks.0.hook_resid_pre", lambda value, hook: kept.update(value=value.clone()))
+    with torch.no_grad(), model.hooks(fwd_hooks=[*hooks, watch]):
+        model(batch)
+    return kept["value"][0]
+
+
+def without(numbers, by=None):
+    """Hooks that set neurons of the projector to zero, or add to them, at all tokens."""
+
+    def edit(value, hook):
+        value = value.clone()
+        value[..., numbers] = 0 if by is None else value[..., numbers] + by
+        return value
+
+    return [(HIDDEN, edit)]
+
+
+# One linear map, merged patches (four cells a token), gates, a resampler behind the projector.
+PROJECTORS = ["llava", "qwen2_vl", "aya_vision", "glm4v", "idefics2", "llava_next"]
+
+
+@pytest.mark.parametrize("family", PROJECTORS)
+def test_the_projector_is_scored_and_ablated_as_by_hand(family):
+    model, pairs = tiny_pairs(family, 4)
+    own = {"tower": "projector", "top": 1, "n_random": 1}
+    found = mm.neuron_attribution(model, pairs, **own)
+    assert found.neurons["layer"].unique().tolist() == [-1]
+    for number in range(4):
+        batch = pairs.batch([number])
+        clean, slope = at_projector(model, batch, 0.0)
+        expected = (clean * slope).sum((0, 1))
+        torch.testing.assert_close(found.scores[number], expected, rtol=1e-3, atol=1e-5)
+        for columns, value in ((found.top, found.ablated), (found.random[0], found.nulls[0])):
+            with torch.no_grad(), model.hooks(fwd_hooks=without(list(columns))):
+                lost = metric_of(model, batch)[0]
+            torch.testing.assert_close(value[number], lost, rtol=1e-3, atol=1e-4)
+    # What a neuron writes is its column, unless a resampler stands between.
+    assert bool(found.words) == (family != "idefics2")
+    if found.words:
+        batch, neuron = pairs.batch([0]).clean, found.top[0]
+        moved = stream_of(model, batch, without([neuron], by=1.0)) - stream_of(model, batch, [])
+        written = moved[moved.norm(dim=-1) > 1e-6]
+        path = model.family.projectors["projector"]
+        column = model.hf_model.get_submodule(f"{path.root}.{path.post}").weight[:, neuron]
+        torch.testing.assert_close(written, column.expand_as(written), rtol=1e-3, atol=1e-4)
+        said = model.to_string((column @ model.W_U).topk(5).indices[:, None])
+        assert found.words[0] == " ".join(word.strip() for word in said)
+
+
+def test_integrated_gradients_of_the_projector_are_those_by_hand():
+    """From the corrupt prompt's activations: the mean slope of runs on the way, times the way."""
+    model, pairs = tiny_pairs("llava", 4)
+    own = {"tower": "projector", "top": 2, "n_random": 1, "steps": 2}
+    found = mm.neuron_attribution(model, pairs, method="ig", reference="corrupt", **own)
+    for number in range(4):
+        batch = pairs.batch([number])
+        _, cache = model.run_with_cache(batch.corrupt, names_filter=HIDDEN)
+        runs = [at_projector(model, batch, cache[HIDDEN], way) for way in (0.5, 1.0)]
+        slope = torch.stack([slope for _, slope in runs]).mean(0)
+        expected = ((runs[0][0] - cache[HIDDEN]) * slope).sum((0, 1))
+        # Slopes are taken on the corrupt prompt, whose text is the same.
+        torch.testing.assert_close(found.scores[number], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_projector_without_a_hidden_layer_has_no_neurons():
+    model, pairs = tiny_pairs("gemma3", 4)
+    with pytest.raises(SiteError, match=r"no hidden layer.*mm\.sites\.projector"):
+        mm.neuron_attribution(model, pairs, tower="projector")
+    with pytest.raises(ValueError, match="no hidden layer"):
+        mm.sites.neurons(model, {-1: [0]}, tower="projector")
 
 
 @pytest.mark.parametrize("tower", ["language", "vision"])
@@ -153,24 +247,28 @@ def test_mean_ablation_keeps_more_than_nothing_to_ablate(demo, same):
     assert (lost.base - lost.ablated).min() > 0.05
 
 
-@pytest.mark.parametrize("tower", ["language", "vision"])
+@pytest.mark.parametrize("tower", ["language", "vision", "projector"])
 def test_places_are_the_largest_activations(demo, same, tower):
     found = mm.neuron_attribution(demo, same[:6], tower=tower, top=3, n_random=1, n_places=4)
-    prefix = "" if tower == "language" else "vision."
+    prefix = "" if tower == "language" else f"{tower}."
     layer, neuron = found.neurons.iloc[found.top[0]]
     own = found.places.query("layer == @layer and neuron == @neuron")
     batch = same[:6].batch(range(6)).clean
-    hook = f"{prefix}blocks.{layer}.mlp.hook_post"
+    hook = HIDDEN if tower == "projector" else f"{prefix}blocks.{layer}.mlp.hook_post"
     _, cache = demo.run_with_cache(batch, names_filter=hook)
     values = cache[hook][..., int(neuron)]
     if tower == "language":
         values = torch.stack(
             [values[i, list(batch.layout.positions("image", i))] for i in range(6)]
         )
-    else:
+    elif tower == "vision":
         values = values[:, 1:]  # the class token stands for no patch
     expected = values.flatten().topk(4).values
     assert own["activation"].tolist() == pytest.approx(expected.tolist(), rel=1e-3)
+    if tower == "projector":
+        assert found.sheet(0).width > 0  # its tokens have boxes
+        labels = found.plot()["neurons"].layout.yaxis.ticktext
+        assert any(label.startswith(f"projector.n{neuron} ") for label in labels)
     row = own.iloc[0]
     picture = found.pictures[int(row["picture"])]
     assert 0 <= row["left"] < row["right"] <= picture.width
@@ -213,3 +311,5 @@ def test_a_span_that_is_not_there_is_refused(demo, same):
         mm.neuron_attribution(demo, same, span="nowhere")
     with pytest.raises(SpanError, match="vision tower"):
         mm.neuron_attribution(demo, same, span="last", tower="vision")
+    with pytest.raises(SpanError, match="of the projector"):
+        mm.neuron_attribution(demo, same, span="last", tower="projector")

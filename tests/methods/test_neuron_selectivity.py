@@ -48,6 +48,39 @@ def test_it_is_what_is_counted_by_hand(family):
         assert math.isnan(own) if math.isnan(shares[0]) else own == pytest.approx(expected)
 
 
+PROJECTORS = ("llava", "qwen2_vl", "glm4v", "idefics2")
+
+
+@pytest.mark.parametrize(
+    ("family", "tower"), [*((family, "projector") for family in PROJECTORS), ("llava", "vision")]
+)
+def test_towers_of_pictures_are_counted_by_hand(family, tower):
+    """Every token of a projector, and every patch of a tower, stands for a part of a picture."""
+    model, pairs = tiny_pairs(family, 3)
+    asked = {"spans": ["image"], "domains": ["a", "b", "a"], "threshold": 0.01, "n_shuffled": 2}
+    found = mm.neuron_selectivity(model, pairs, tower=tower, **asked)
+    layers = range(model.towers["vision"].cfg.n_layers)
+    names = [f"vision.blocks.{layer}.mlp.hook_pre" for layer in layers]
+    names = ["projector.hook_pre"] if tower == "projector" else names
+    for number, group in enumerate((0, 1, 0)):
+        _, cache = model.run_with_cache(pairs.batch([number]).clean, names_filter=names)
+        value = torch.cat([cache[name] for name in names], dim=-1)
+        value = value[:, 1:] if tower == "vision" else value  # the class token is no patch
+        count = (value > 0.01).sum((0, 1)).float()
+        assert torch.equal(found.fired[number, group], count)
+        assert found.positions[number, group] == value.shape[:2].numel()
+        assert found.positions[number, 1 - group] == 0
+    assert len(found.neurons) == found.fired.shape[-1]
+    assert found.tower == tower
+
+
+def test_projectors_whose_neurons_say_nothing_alone_are_refused():
+    for family, message in (("aya_vision", "values and gates in one"), ("gemma3", "hidden layer")):
+        model, pairs = tiny_pairs(family, 2)
+        with pytest.raises(ValueError, match=message):
+            mm.neuron_selectivity(model, pairs, tower="projector", domains=["a", "b"])
+
+
 def test_layers_with_experts_are_left_out():
     """They have as many hidden units as experts let through, other ones at every position."""
     model, pairs = tiny_pairs("qwen3_vl_moe", 4)
@@ -142,6 +175,8 @@ def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
         ({"domains": ["a"]}, "1 domains for"),
         ({"domains": ["a"] * 12}, "all examples are of the domain 'a'"),
         ({"n_shuffled": 1}, "2 or more"),
+        ({"tower": "audio"}, "unknown tower"),
+        ({"tower": "projector", "layers": [0]}, "the projector has one"),
         ({"layers": [9]}, "layers 0..5"),
         ({"most": 0.0}, "most is"),
         ({"most": 1.0}, "most is"),
