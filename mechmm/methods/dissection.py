@@ -313,8 +313,7 @@ def _hidden(model: HookedMultimodal) -> Sites:
     if VISION not in model.towers or unfit_of(model, VISION):
         known = ", ".join(model.towers)
         raise ValueError(
-            f"{name} has no vision tower with patches (its towers: {known}); give sites of another "
-            "tower, for example mm.sites.residual(model, ['image'], towers=['language'])"
+            f"{name} has no vision tower with patches (its towers: {known}){_elsewhere(model)}"
         )
     tower, found = model.towers[VISION], Sites(pd.DataFrame())
     for layer in range(tower.cfg.n_layers):
@@ -327,6 +326,18 @@ def _hidden(model: HookedMultimodal) -> Sites:
             "example mm.sites.residual(model, ['image'], towers=['vision'])"
         )
     return found
+
+
+def _elsewhere(model: HookedMultimodal) -> str:
+    """Which other tower has positions of a picture, as advice."""
+    sees = any(medium.kind == "image" for medium in model.family.media)
+    others = [name for name in model.towers if name in READING and not unfit_of(model, name)]
+    if not sees or not others:
+        return ", and no other in which a picture has places"
+    return (
+        "; give sites of another tower, for example "
+        f"mm.sites.residual(model, ['image'], towers=[{others[0]!r}])"
+    )
 
 
 def _tower(model: HookedMultimodal, sites: Sites) -> str:

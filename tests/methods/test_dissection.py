@@ -136,13 +136,30 @@ def test_towers_without_language_and_towers_of_language():
     places = {"left": [[half("left")]] * 3 + [[]]}
     assert len(mm.dissection(model, batches, places, top=0.1).overlap) == 4
     model, pairs = tiny_pairs("chameleon", 4)
-    with pytest.raises(ValueError, match="no vision tower with patches"):
-        mm.dissection(model, pairs, places)
     sites = mm.sites.residual(model, ["image"], layers=[0])
     found = mm.dissection(model, pairs, places, sites=sites, top=0.1)
     torch.testing.assert_close(
         found.iou(), by_hand(model, pairs, places, sites, 0.1, "language"), atol=2e-3, rtol=0
     )
+
+
+@pytest.mark.parametrize("family", ["chameleon", "florence2"])
+def test_sites_that_are_proposed_exist(family):
+    """Where there is no vision tower with patches the error names a call that can be made."""
+    model, pairs = tiny_pairs(family, 4)
+    places = {"left": [[half("left")]] * 3 + [[]]}
+    with pytest.raises(ValueError, match="no vision tower with patches") as refused:
+        mm.dissection(model, pairs, places)
+    proposed = str(refused.value).partition("for example ")[2]
+    sites = eval(proposed, {"mm": mm, "model": model})
+    found = mm.dissection(model, pairs, places, sites=sites, top=0.1)
+    assert len(found.units) == sum(sites.table["layer"].notna()) * model.cfg.d_model
+
+
+def test_audio_has_no_pictures_to_dissect():
+    model = tiny("qwen2_audio")
+    with pytest.raises(ValueError, match="no other in which a picture has places"):
+        mm.dissection(model, [])
 
 
 @pytest.fixture(scope="module")
