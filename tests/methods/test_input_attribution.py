@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
@@ -171,6 +173,23 @@ def test_untrained_models_get_their_weights_back_from_the_inputs_up(family):
         assert "norm" in path or "lm_head" in path or id(old[path]) in tied
 
 
+def _check_cascade_figure(found, series):
+    """Every line is a column of the table, over the range of random scores; the last point is the
+    untrained model's."""
+    figure, table = found.plot()["cascade"], found.cascaded()
+    band, *drawn = (trace for trace in figure.data if trace.x is not None)
+    assert [line.name for line in drawn] == list(series)
+    for line, absolute in zip(drawn, series.values(), strict=True):
+        own = table[table["absolute"] == absolute]
+        assert list(line.x) == list(range(1, len(found.parts) + 1))
+        np.testing.assert_allclose(line.y, own["correlation"])
+        tops = np.asarray(line.y) + np.asarray(line.error_y.array)
+        np.testing.assert_allclose(tops, own["high"].fillna(own["correlation"]))
+    chance = found.agreement().query("`with` == 'random'")
+    assert (min(band.y), max(band.y)) == (chance["low"].min(), chance["high"].max())
+    assert band.name == "random scores"
+
+
 @needs_captum
 def test_a_cascade_attributes_models_that_are_untrained_from_the_logits_down():
     model, pairs = tiny_pairs("llava", 2)
@@ -192,7 +211,9 @@ def test_a_cascade_attributes_models_that_are_untrained_from_the_logits_down():
     assert table["parts"].tolist() == [n + 1 for n in range(len(found.parts)) for _ in range(2)]
     last = found.agreement().set_index(["with", "absolute"])["correlation"]["untrained", True]
     assert table["correlation"].iloc[-1] == pytest.approx(last, nan_ok=True)
-    assert "cascade" in found.plot()
+    _check_cascade_figure(found, {"of the scores": False})
+    signed = replace(found, scores=-found.scores)
+    _check_cascade_figure(signed, {"of the scores": False, "of their sizes": True})
     with pytest.raises(ValueError, match="a cascade ends at the untrained model"):
         mm.input_attribution(model, pairs, "grad-cam", untrained=False, cascade=True)
 
