@@ -15,8 +15,11 @@ def is_dual(model: HookedMultimodal) -> bool:
     return model.family.output == "logits_per_image"
 
 
-def check_dual(model: HookedMultimodal) -> None:
+def check_dual(model: HookedMultimodal, instead: str = "use CLIP or SigLIP") -> None:
     """Refuse any other model.
+
+    Args:
+        instead: what to do.
 
     Raises:
         ValueError: with what it is.
@@ -24,7 +27,7 @@ def check_dual(model: HookedMultimodal) -> None:
     if not is_dual(model):
         raise ValueError(
             f"{model.family.architecture} is no dual encoder: it has no embeddings of pictures and "
-            "texts in one space; use CLIP or SigLIP"
+            f"texts in one space; {instead}"
         )
 
 

@@ -32,6 +32,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 
 from mechmm.engine.embeddings import check_dual, embeddings
+from mechmm.engine.lent import lent
 from mechmm.engine.record import values
 from mechmm.engine.shares import direct
 from mechmm.model.batch import Batch
@@ -208,32 +209,50 @@ def text_span(
     texts: Texts,
     *,
     labels: Texts | None = None,
+    text_model: HookedMultimodal | None = None,
     n_texts: int = 5,
     n_random: int = 20,
     n_ablated: int = 4,
     seed: int = 0,
     batch_size: int = 16,
 ) -> TextSpan:
-    """Describe every head of a dual encoder's vision tower by texts, and ablate those of each
-    property.
+    """Describe every head of a vision tower by texts, and ablate those of each property.
 
     Args:
-        model: CLIP, SigLIP or SigLIP 2.
+        model: CLIP, SigLIP or SigLIP 2; or any model with the vision tower of one, with
+            `text_model`.
         images: pictures, two or more.
         texts: by property the texts that describe it: `{"color": ["a red thing", ...], ...}`.
         labels: by property the right text of every picture; default: the nearest one without
             ablation, so that "accuracy" is how many answers stay.
+        text_model: the dual encoder from which the model's vision tower was taken: its last norm,
+            projection and texts read what the model's own tower does, with the weights that it has
+            in `model`. Default: `model`.
         n_texts: texts of a basis.
         n_random: sets of random directions, and of random heads.
         n_ablated: heads of a property.
         seed: of both.
 
     Raises:
-        ValueError: another kind of model; fewer than two pictures; no texts, one twice, or a
-            property with one alone; labels that do not fit; more heads than there are.
+        ValueError: another kind of model, or a text model of other sizes; fewer than two pictures;
+            no texts, one twice, or a property with one alone; labels that do not fit; more heads
+            than there are.
         InputError: a picture or text that the processor does not take.
     """
-    check_dual(model)
+    if text_model is not None and text_model is not model:
+        with lent(model, text_model):
+            return text_span(
+                text_model,
+                images,
+                texts,
+                labels=labels,
+                n_texts=n_texts,
+                n_random=n_random,
+                n_ablated=n_ablated,
+                seed=seed,
+                batch_size=batch_size,
+            )
+    check_dual(model, "give text_model, the dual encoder from which its vision tower was taken")
     names = _checked(texts, labels, len(images))
     every = [text for name in names for text in texts[name]]
     tower = model.towers["vision"]

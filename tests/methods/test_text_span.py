@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaForConditionalGeneration
 
 import mechmm as mm
 from mechmm.engine.shares import direct
 from mechmm.methods.text_span import basis
 from mechmm.results.result import Result
 from mechmm.testing import tiny
+from mechmm.testing.single import llava_config
 
 TEXTS = {"color": ["red", "blue", "green"], "shape": ["circle", "square", "star"]}
 FEW = {"n_texts": 3, "n_random": 4, "n_ablated": 2, "batch_size": 4}
@@ -101,6 +103,34 @@ def test_a_head_that_is_made_large_is_found_and_missed(pictures):
     assert float(moved.min()) > 2 * float(others.median())
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_tower_of_a_language_model_is_read_by_its_dual_encoder(pictures, kind):
+    """With the encoder's own weights in the tower it is the encoder's result; with others in both
+    alike, again; and the encoder is left as it was."""
+    dual = tiny(kind)
+    model = seeing(kind, dual.towers["vision"].config)
+    tower, own = model.towers["vision"].root, dual.towers["vision"].root
+    tower.load_state_dict(own.state_dict(), strict=False)
+    found = mm.text_span(model, pictures, TEXTS, text_model=dual, **FEW)
+    assert found.equals(mm.text_span(dual, pictures, TEXTS, **FEW))
+    with torch.no_grad():
+        tower.encoder.layers[1].mlp.fc2.weight.mul_(2)
+        before = {name: value.clone() for name, value in own.state_dict().items()}
+        lent = mm.text_span(model, pictures, TEXTS, text_model=dual, **FEW)
+        assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())
+        own.encoder.layers[1].mlp.fc2.weight.mul_(2)
+    assert not lent.equals(found)
+    assert lent.equals(mm.text_span(dual, pictures, TEXTS, **FEW))
+
+
+def seeing(kind, sizes):
+    """A tiny LLaVA with a vision tower of some sizes."""
+    config = llava_config(vision=kind, select="full")
+    for key in ("hidden_size", "intermediate_size", "num_attention_heads"):
+        setattr(config.vision_config, key, getattr(sizes, key))
+    return mm.HookedMultimodal.from_hf(LlavaForConditionalGeneration(config).eval())
+
+
 def test_labels_and_files(pictures, found, tmp_path):
     assert found.right(found.clean).mean() == 1  # no labels: the nearest text is the right one
     model = tiny("clip")
@@ -115,8 +145,14 @@ def test_labels_and_files(pictures, found, tmp_path):
 
 def test_what_has_no_text_span(pictures):
     model = tiny("clip")
-    with pytest.raises(ValueError, match="is no dual encoder"):
+    with pytest.raises(ValueError, match=r"is no dual encoder.*give text_model"):
         mm.text_span(tiny("llava"), pictures, TEXTS)
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration is no dual encoder"):
+        mm.text_span(model, pictures, TEXTS, text_model=tiny("llava"))
+    with pytest.raises(ValueError, match=r"hidden_size.* are \[32.* and \[48"):
+        mm.text_span(tiny("llava"), pictures, TEXTS, text_model=model)
+    with pytest.raises(ValueError, match=r"ChameleonFor.* has no vision tower"):
+        mm.text_span(tiny("chameleon"), pictures, TEXTS, text_model=model)
     with pytest.raises(ValueError, match=r"1 picture\(s\)"):
         mm.text_span(model, pictures[:1], TEXTS)
     with pytest.raises(ValueError, match="'color' needs a list of two texts"):
