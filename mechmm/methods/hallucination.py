@@ -14,8 +14,9 @@ and for each the area under the ROC curve (AUROC) for predicting errors, beside 
 its difference from that of `doubt`.
 
 Interventions are judged by the same answers: contrastive decoding (`mm.contrasted`, Leng et al.
-2311.16922) and raised attention from last to the picture (Liu et al. 2407.21771), beside their
-controls: contrast with another pair's distorted picture, and attention raised to other positions.
+2311.16922) and raised attention from last to the picture (Liu et al. 2407.21771), beside draws of
+their controls: contrast with other pairs' distorted pictures, and attention raised to others of the
+positions.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from mechmm.data.metrics import Answers, accuracy, flipped, last_logits
 from mechmm.data.pairs import PairBatch, PairDataset, Prompt
 from mechmm.engine.attending import attending
 from mechmm.engine.cells import Cells
+from mechmm.engine.checks import check_limits
 from mechmm.engine.raised import Raised
 from mechmm.engine.routes import has_attention
 from mechmm.model.batch import Batch
@@ -60,7 +62,8 @@ class Hallucination(Result):
 
     Attributes:
         said: 0 right, 1 the foil, 2 something else [way, example]; the first way is plain.
-        ways: names. controls: names of those that are controls of others.
+        ways: names; every intervention is followed by the draws of its control. controls: names of
+            these.
         signals: by name, larger = more doubt [signal, example].
         names: of the signals, the bar to beat first.
     """
@@ -84,6 +87,23 @@ class Hallucination(Result):
             row |= {"low": low, "high": high, "change": float((foil - plain).mean())}
             rows.append(row | dict(zip(("change_low", "change_high"), ends, strict=True)))
         return pd.DataFrame(rows)
+
+    def ranges(self) -> pd.DataFrame:
+        """One row per intervention: the change of the share of prior-driven errors, and over the
+        draws of its control the mean, the lowest and the highest change, and their number."""
+        foil = (self.said == 1).float()
+        changes = (foil - foil[0]).mean(1).tolist()
+        drawn: dict[str, list[float]] = {}
+        own = ""
+        for name, change in zip(self.ways[1:], changes[1:], strict=True):
+            own = own if name in self.controls else name
+            drawn.setdefault(own, []).append(change)
+        rows = [
+            (name, change, np.mean(some), min(some), max(some), len(some))
+            for name, (change, *some) in drawn.items()
+        ]
+        columns = ("way", "change", "control_mean", "control_low", "control_high", "draws")
+        return pd.DataFrame(rows, columns=list(columns))
 
     def predictors(self, seed: int = 0) -> pd.DataFrame:
         """One row per signal: AUROC for predicting that the plain answer is wrong, its 95 %
@@ -122,21 +142,27 @@ class Hallucination(Result):
         return 0 < int((self.said[0] != 0).sum()) < self.said.shape[1]
 
     def plot(self) -> dict[str, Figure]:
-        """Figures by name: `errors`, the share of prior-driven errors by way of answering, and
-        `signals`, how well each predicts errors, over the range of permuted labels; not where all
-        plain answers are right, or all wrong."""
+        """Figures by name: `errors`, the share of prior-driven errors by way of answering, of a
+        control with several draws their mean and range, and `signals`, how well each predicts
+        errors, over the range of permuted labels; not where all plain answers are right, or all
+        wrong."""
         table = self.to_dataframe()
-        names = [row.way + " (control)" * row.control for row in table.itertuples()]
-        share, low, high = (table[name].to_numpy(float) for name in ("foil", "low", "high"))
-        errors = plots.bars(
-            names,
-            share,
-            low,
-            high,
-            f"answers that language expects, {self.said.shape[1]} prompts",
-            value_title="share of prior-driven errors",
-        )
+        bars = [self._bar(own) for _, own in table.groupby(table["way"].map(_drawn), sort=False)]
+        names, share, low, high = zip(*bars, strict=True)
+        title = f"answers that language expects, {self.said.shape[1]} prompts"
+        value_title = "share of prior-driven errors"
+        errors = plots.bars(names, share, low, high, title, value_title=value_title)
         return {"errors": errors, **({"signals": self._signals()} if self._divided() else {})}
+
+    def _bar(self, own: pd.DataFrame) -> tuple[str, float, float, float]:
+        """Name, share and ends of a way of answering: an interval over examples, or the range of
+        several draws."""
+        first, foil = own.iloc[0], own["foil"]
+        name = first["way"] + " (control)" * bool(first["control"])
+        if len(own) == 1:
+            return name, first["foil"], first["low"], first["high"]
+        name = f"{first['way']} (range of {len(own)})"  # longer ones are cut
+        return name, foil.mean(), foil.min(), foil.max()
 
     def _signals(self) -> Figure:
         signals = self.predictors()
@@ -155,7 +181,7 @@ class Hallucination(Result):
 
     def page(self, title: str, facts: Mapping[str, Any] | None = None) -> Page:
         """A report: the figures and tables that there are."""
-        contents = [*self.plot().values(), self.to_dataframe()]
+        contents = [*self.plot().values(), self.ranges(), self.to_dataframe()]
         contents += [self.predictors()] if self._divided() else []
         return Page(title, self.summary(), [Section("Hallucination", contents)], facts or {})
 
@@ -168,8 +194,15 @@ class Hallucination(Result):
         return (
             f"{self.said.shape[1]} prompts: {plain['right']:.2f} right, {plain['foil']:.2f} what "
             f"language expects. {self._best()}"
-            f"{mend['way']} changes the share of prior-driven errors by {mend['change']:+.2f}."
+            f"{mend['way']} changes the share of prior-driven errors by {mend['change']:+.2f}"
+            f"{self._control(mend['way'])}."
         )
+
+    def _control(self, way: str) -> str:
+        """What the draws of an intervention's control do, in words."""
+        row = self.ranges().set_index("way").loc[way]
+        low, high = row["control_low"], row["control_high"]
+        return f", its control by {low:+.2f}" + (f" to {high:+.2f}" if row["draws"] > 1 else "")
 
     def _best(self) -> str:
         """The best predictor beside the bar to beat, in words."""
@@ -193,6 +226,7 @@ def hallucination(
     beta: float = 0.1,
     scale: float = 2.0,
     layers: Sequence[int] | None = None,
+    n_random: int = 5,
     seed: int = 0,
     batch_size: int = 16,
 ) -> Hallucination:
@@ -206,34 +240,39 @@ def hallucination(
         alpha, beta: of contrastive decoding.
         scale: of attention from the last position to the first of the spans.
         layers: in which it is raised. Default: all.
+        n_random: draws of each control; of the other pairs' pictures at most as many as there are
+            other pairs.
         seed: of the controls.
         batch_size: pairs that run together.
 
     Raises:
-        ValueError: fewer than two pairs; strengths that mean nothing; as `patch`.
+        ValueError: fewer than two pairs; strengths that mean nothing; a number below 1; as `patch`.
         CorruptionError: a distortion that does not fit the prompts.
         SpanError: a span that some pair does not have.
     """
     check_strength(alpha, beta)
+    check_limits(n_random=n_random, batch_size=batch_size)
     if len(pairs) < 2:
         raise ValueError("one pair has no other pair's picture as a control; give two or more")
     near = corrupt(pairs, distortion)
-    others = [near[(i + 1) % len(pairs)].corrupt.images for i in range(len(pairs))]
-    far = corrupt(pairs, [partial(_with_images, images=own) for own in others])
+    far = [_exchanged(pairs, near, by) for by in range(1, min(n_random, len(pairs) - 1) + 1)]
     found = [
-        _batch(model, *both, spans, (alpha, beta)) for both in _together(near, far, batch_size)
+        _batch(model, *every, spans, (alpha, beta)) for every in _together(near, far, batch_size)
     ]
     said, signals = (torch.cat(columns, dim=1) for columns in zip(*found, strict=True))
-    raised = Raised(model, f"{spans[0]}->last", layers, [scale], 1, seed)
+    raised = Raised(model, f"{spans[0]}->last", layers, [scale], n_random, seed)
     raised.check(pairs, batch_size)
     run = (raised.count, raised.changes, outcome, batch_size)
     steered = Cells(model, pairs, *run).run().values.round().long()
-    ways = ("plain", "contrast", "contrast, another picture")
-    looked = (f"attention to {spans[0]} x {scale:g}", f"attention elsewhere x {scale:g}")
+    controls = (
+        _draws("contrast, another picture", len(far)),
+        _draws(f"attention elsewhere x {scale:g}", n_random),
+    )
+    looked = f"attention to {spans[0]} x {scale:g}"
     return Hallucination(
         said=torch.cat([said, steered]),
-        ways=(*ways, *looked),
-        controls=(ways[2], looked[1]),
+        ways=("plain", "contrast", *controls[0], looked, *controls[1]),
+        controls=(*controls[0], *controls[1]),
         signals=signals,
         names=(*SIGNALS, *(f"inattention to {span}" for span in spans)),
     )
@@ -244,28 +283,49 @@ def outcome(logits: Float[Tensor, "batch vocab"], answers: Answers) -> Float[Ten
     return 2 - 2 * accuracy(logits, answers) - flipped(logits, answers)
 
 
+DRAW = ", draw "
+
+
+def _draws(name: str, n: int) -> tuple[str, ...]:
+    """Names of the draws of a control."""
+    return (name, *(f"{name}{DRAW}{number}" for number in range(2, n + 1)))
+
+
+def _drawn(way: str) -> str:
+    """The control that a draw is of; any other way itself."""
+    return way.partition(DRAW)[0]
+
+
+def _exchanged(pairs: PairDataset, near: PairDataset, by: int) -> PairDataset:
+    """Pairs whose corrupt prompts have the distorted picture of a pair some places on."""
+    others = [near[(i + by) % len(pairs)].corrupt.images for i in range(len(pairs))]
+    return corrupt(pairs, [partial(_with_images, images=own) for own in others])
+
+
 def _with_images(prompt: Prompt, images: tuple[Image.Image, ...]) -> Prompt:
     return replace(prompt, images=images)
 
 
-def _together(near: PairDataset, far: PairDataset, size: int) -> Iterator[tuple[PairBatch, Batch]]:
-    for ours, theirs in zip(near.batches(size), far.batches(size), strict=True):
-        yield ours, theirs.corrupt
+def _together(
+    near: PairDataset, far: Sequence[PairDataset], size: int
+) -> Iterator[tuple[PairBatch, list[Batch]]]:
+    for ours, *theirs in zip(*(pairs.batches(size) for pairs in (near, *far)), strict=True):
+        yield ours, [batch.corrupt for batch in theirs]
 
 
 @torch.no_grad()
 def _batch(
     model: HookedMultimodal,
     batch: PairBatch,
-    other: Batch,
+    others: Sequence[Batch],
     spans: Sequence[str],
     strength: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """What is said in three ways [way, example], and the signals [signal, example]."""
+    """What is said plainly and with contrast [way, example], and the signals [signal, example]."""
     p, weights = attending(model, batch.clean, has_attention(model, LANGUAGE, None))
     masks = torch.stack([batch.clean.layout.mask(span) for span in spans]).to(weights.device)
-    q, r = (last_logits(model, prompts) for prompts in (batch.corrupt, other))
-    ways = (p, contrasted(p, q, *strength), contrasted(p, r, *strength))
+    q, *rest = (last_logits(model, prompts) for prompts in (batch.corrupt, *others))
+    ways = (p, *(contrasted(p, unseen, *strength) for unseen in (q, *rest)))
     said = torch.stack([outcome(logits, batch.answers) for logits in ways])
     looks = (weights.mean(0) * masks).sum(-1)
     return said.round().long().cpu(), torch.cat([_doubts(p, q), -looks]).float().cpu()

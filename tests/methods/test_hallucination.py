@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 import mechmm as mm
 from mechmm.data import corruption, shapes
 from mechmm.data.metrics import continued, last_logits
-from mechmm.methods.hallucination import Hallucination
+from mechmm.methods.hallucination import Hallucination, outcome
 from mechmm.model.batch import InputError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
@@ -34,7 +34,7 @@ def dim(demo):
 
 @pytest.fixture(scope="module")
 def found(demo, dim):
-    options = {"spans": ("object", "image"), "beta": 1e-3, "scale": 8.0}
+    options = {"spans": ("object", "image"), "beta": 1e-3, "scale": 8.0, "n_random": 2}
     return mm.hallucination(demo, dim, UNSEEN, **options)
 
 
@@ -92,7 +92,13 @@ def test_both_interventions_mend_prior_driven_errors_and_looking_elsewhere_does_
     assert table.loc["contrast", "change_high"] < -0.05
     assert table.loc["attention to object x 8", "change_high"] < -0.1
     assert abs(table.loc["attention elsewhere x 8", "change"]) < 0.05
-    assert table["control"].sum() == 2
+    assert table["control"].sum() == 2 * 2
+    ranges = found.ranges().set_index("way")
+    assert ranges["draws"].tolist() == [2, 2]
+    assert ranges.loc["attention to object x 8", "change"] < -0.1
+    assert ranges.loc["attention to object x 8", "control_low"] > -0.05
+    # Contrast takes away what is expected after the text, so that any picture does.
+    assert ranges.loc["contrast", "control_high"] < -0.05
     assert np.allclose(table[["right", "foil", "other"]].sum(axis=1), 1)
 
 
@@ -110,8 +116,35 @@ def test_the_picture_tells_errors_better_than_confidence_does(found):
 def test_saved_is_loaded_and_figures_show_the_numbers(found, tmp_path):
     assert Result.load(found.save(tmp_path / "found")).equals(found)
     figures = found.plot()
-    assert list(figures["errors"].data[0].x) == pytest.approx(found.to_dataframe()["foil"].tolist())
+    shares, ranges = found.to_dataframe().set_index("way")["foil"], found.ranges()
+    plain, contrast, other, looked, elsewhere = figures["errors"].data[0].x
+    names = ["plain", "contrast", "attention to object x 8"]
+    assert [plain, contrast, looked] == pytest.approx(shares[names].tolist())
+    assert [other, elsewhere] == pytest.approx((plain + ranges["control_mean"]).tolist())
+    ends = figures["errors"].data[0].error_x
+    assert other - ends.arrayminus[2] == pytest.approx(plain + ranges["control_low"][0])
+    assert other + ends.array[2] == pytest.approx(plain + ranges["control_high"][0])
+    assert "its control by" in found.summary()
     assert "Best predictor of errors" in found.page("Hallucination").html()
+
+
+def test_draws_of_controls_are_those_of_single_ones():
+    """The first draw is the only one of a run with one; the n-th contrasts with the n-th next
+    pair's picture."""
+    model, pairs = tiny_pairs("llava", 4)
+    found = mm.hallucination(model, pairs, UNSEEN, n_random=5, batch_size=3)
+    assert len(found.ways) == 1 + (1 + 3) + (1 + 5)  # there are three other pairs
+    one = mm.hallucination(model, pairs, UNSEEN, n_random=1)
+    assert len(one.ways) == 5
+    assert torch.equal(one.said, found.said[[found.ways.index(way) for way in one.ways]])
+    unseen = corruption.corrupt(pairs, UNSEEN)
+    for number in range(4):
+        batch = pairs.batch([number])
+        other = unseen.batch([(number + 3) % 4])  # all texts are alike
+        with torch.no_grad():
+            p, r = last_logits(model, batch.clean), last_logits(model, other.corrupt)
+        said = outcome(mm.contrasted(p, r), batch.answers)
+        assert said == found.said[found.ways.index("contrast, another picture, draw 3"), number]
 
 
 def test_bad_input_is_refused(demo, dim):
@@ -119,6 +152,8 @@ def test_bad_input_is_refused(demo, dim):
         mm.hallucination(demo, dim, UNSEEN, alpha=-1)
     with pytest.raises(ValueError, match="beta a share"):
         mm.contrasted(torch.zeros(1, 2), torch.zeros(1, 2), beta=2)
+    with pytest.raises(ValueError, match="n_random is 0"):
+        mm.hallucination(demo, dim, UNSEEN, n_random=0)
     with pytest.raises(ValueError, match="one pair has no other"):
         mm.hallucination(demo, dim[:1], UNSEEN)
     one, other = (next(dim[i : i + 1].batches(1)).clean for i in (0, 4))
