@@ -7,6 +7,7 @@ nothing checks functions within functions: they would be decorated anew each tim
 """
 
 from collections.abc import Callable, Mapping
+from functools import wraps
 from inspect import isclass, isfunction
 from typing import Any, get_args, get_type_hints
 
@@ -37,9 +38,14 @@ def _by_beartype(function: Callable, hints: Mapping[str, Any]) -> Callable:
     """The function, checked by these hints and with its annotations as they are written."""
     written = function.__annotations__
     function.__annotations__ = dict(hints)
-    found = checked(function)
-    function.__annotations__ = found.__annotations__ = written
-    return found
+    checking = checked(function)
+    function.__annotations__ = written
+
+    @wraps(function)
+    def either(*args: Any, **kwargs: Any) -> Any:
+        return (function if jaxtyping.config.jaxtyping_disable else checking)(*args, **kwargs)
+
+    return either
 
 
 def _read(annotation: Any, names: dict[str, Any]) -> Any:

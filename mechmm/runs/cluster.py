@@ -39,6 +39,7 @@ EVERY = 0.5
 PATIENCE = 900.0
 """Seconds that a run waits for a first worker."""
 _STATISTICS = "RAY_USAGE_STATS_ENABLED"
+_HINT = "; a cluster that asks for tokens (`ray start` says so) needs RAY_AUTH_MODE=token set here"
 
 
 def _ray() -> Any:
@@ -309,9 +310,9 @@ def _connect(engine: Engine) -> None:
     try:
         _ray().init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"Ray cannot be reached at {engine.address or 'this machine'}: {error}"
-        ) from error
+        where = "on this machine" if engine.address is None else f"at {engine.address}"
+        hint = "" if engine.address is None else _HINT
+        raise RunError(f"Ray cannot be reached {where}: {error}{hint}") from error
     finally:
         if before is None:
             os.environ.pop(_STATISTICS, None)

@@ -64,4 +64,7 @@ def _value(value: str, text: str) -> Any:
     except tomllib.TOMLDecodeError as error:
         if _WORD.fullmatch(value):
             return value
-        raise ConfigError(f"override {text!r}: {value!r} is no TOML value ({error})") from None
+        raise ConfigError(
+            f"override {text!r}: {value!r} is no TOML value ({str(error).rstrip()}); "
+            "put quotes around text, and others around the whole: 'key=\"text\"'"
+        ) from None

@@ -7,8 +7,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-from contextlib import suppress
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from pathlib import Path
 
 import psutil
 import pytest
@@ -180,3 +184,37 @@ def test_a_chunk_that_kills_every_worker_is_named(config, tmp_path, monkeypatch)
     with pytest.raises(RunError, match=r"the worker of chunk \d died 2 times .*--resume"):
         run(config, tmp_path / "run", [*RAY, "engine.retries=1"])
     assert any((tmp_path / "run" / "steps" / "patched").iterdir())
+
+
+@contextmanager
+def ray_started():
+    """The address of a cluster that `ray start` makes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray = Path(sys.executable).with_name("ray")
+    options = ["--head", "--block", "--num-cpus=2", "--include-dashboard=false"]
+    started = subprocess.Popen(
+        [ray, "start", *options, f"--port={port}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        started.terminate()
+        started.wait(60)
+
+
+@pytest.mark.slow
+@with_ray
+def test_a_cluster_that_runs_already_gives_the_bytes_of_one_process(config, tmp_path, monkeypatch):
+    alone = files(run(config, tmp_path / "alone").folder)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    mechmm = Path(sys.executable).with_name("mechmm")
+    with ray_started() as address:
+        words = [*RAY, f'engine.address="{address}"', "--out", tmp_path / "shared"]
+        done = subprocess.run([mechmm, "run", config, *words], capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "shared") == alone

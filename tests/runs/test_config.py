@@ -124,6 +124,7 @@ def test_what_is_wrong_is_said_with_its_place(tmp_path, old, new, message):
         ("steps.object.spans=['a']", "steps has no 'object'; did you mean `objects`"),
         ("engine.chunk=many", "override, engine.chunk: must be a whole number, not 'many'"),
         ("engine.chunk=[1", "is no TOML value"),
+        ("engine.address=127.0.0.1:6379", "put quotes around text"),
         ("engine", "write key=value"),
     ],
 )
