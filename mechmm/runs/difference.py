@@ -14,7 +14,6 @@ import pandas as pd
 from rich.console import Console
 
 from mechmm.runs.compare import values
-from mechmm.runs.earlier import completed
 from mechmm.runs.engines import PLACES
 from mechmm.runs.paths import HEADLINES, RESOLVED, RunError, read_manifest
 from mechmm.runs.terminal import print_table
@@ -76,7 +75,7 @@ def diff(first: str | Path, second: str | Path, *, partial: bool = False) -> Dif
     """
     one, other = Path(first), Path(second)
     manifests = [read_manifest(folder) for folder in (one, other)]
-    settings = [dict(_flatten(completed(_json(folder / RESOLVED)))) for folder in (one, other)]
+    settings = [dict(_flatten(_json(folder / RESOLVED))) for folder in (one, other)]
     for found in settings:
         found.pop("overrides", None)  # how a setting came about
     where = [f"engine.{key}" for key in PLACES]

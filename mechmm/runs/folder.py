@@ -19,7 +19,6 @@ from mechmm.results.result import Result
 from mechmm.results.table import table_html
 from mechmm.runs import config as configs
 from mechmm.runs.config import Config
-from mechmm.runs.earlier import completed
 from mechmm.runs.paths import (
     FINISHED,
     GIVEN,
@@ -64,7 +63,7 @@ class Run:
         Raises:
             ConfigError: a damaged file, or one of a mechmm with other methods.
         """
-        raw = completed(json.loads((self.folder / RESOLVED).read_text()))
+        raw = json.loads((self.folder / RESOLVED).read_text())
         base = (self.folder / self.manifest.get("base", ".")).absolute()  # workers start elsewhere
         given = (self.folder / GIVEN).read_bytes()
         overrides = tuple(raw.pop("overrides", ()))

@@ -164,18 +164,6 @@ def test_half_precision_is_compared_too(tmp_path):
     assert diff(one, write_run(tmp_path / "other", half)).same
 
 
-def test_a_parameter_that_came_later_is_what_was_done_before(tmp_path):
-    """A run from before a method drew its control more than once drew it once."""
-    early, late, more = (write_run(tmp_path / name) for name in ("early", "late", "more"))
-    for folder, given in ((early, {}), (late, {"n_random": 1}), (more, {"n_random": 5})):
-        step = {"name": "objects", "method": "hallucination", **given}
-        resolved = json.loads((folder / "resolved.json").read_text())
-        (folder / "resolved.json").write_text(json.dumps({**resolved, "steps": [step]}))
-        seal(folder)
-    assert not len(diff(early, late).settings)
-    assert diff(early, more).settings.values.tolist() == [["steps.objects.n_random", "1", "5"]]
-
-
 def test_a_damaged_result_is_named(tmp_path):
     one, other = (write_run(tmp_path / name) for name in ("one", "other"))
     (other / "results" / "objects" / "arrays.safetensors").write_bytes(b"no")
