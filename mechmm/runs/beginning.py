@@ -137,7 +137,3 @@ def _refers(value: Any) -> bool:
     if isinstance(value, list):
         return any(_refers(each) for each in value)
     return isinstance(value, Mapping) and "step" in value
-
-
-def _resolved(config: Config) -> dict[str, Any]:
-    return {**config.to_dict(), "overrides": list(config.overrides)}
