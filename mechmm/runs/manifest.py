@@ -136,11 +136,11 @@ def model_folder(name: str, base: Path, revision: str | None = None) -> Path | N
 
 def git(base: Path) -> dict[str, Any] | None:
     """Commit, changes and address of the repository that the config lies in, else of mechmm's;
-    None outside of any."""
+    None outside of any. Untracked files, such as runs, are no changes."""
     root = repository(base)
     if root is None:
         return None
-    status = _git(root, "status", "--porcelain")
+    status = _git(root, "status", "--porcelain", "--untracked-files=no")
     remote = _git(root, "config", "--get", "remote.origin.url")
     return {
         "commit": (_git(root, "rev-parse", "HEAD") or "").strip() or None,

@@ -360,6 +360,9 @@ def test_the_repository_of_the_config_is_recorded(tmp_path):
     git("add", ".")
     git("commit", "-m", "first")
     git("remote", "add", "origin", "https://me:secret@host.org/x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text("{}")
+    assert not manifest.git(tmp_path)["dirty"]
     (tmp_path / "a.txt").write_text("https://me:secret@host.org/x\n")
     found = manifest.git(tmp_path)
     assert found["dirty"]
