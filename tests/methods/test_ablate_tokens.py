@@ -13,7 +13,6 @@ from mechmm.model.layout import Box, SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "paligemma")]
 """Further families, which take more time than they tell."""
 
 
@@ -31,7 +30,9 @@ def with_corner(model, pairs):
 
 
 @pytest.mark.parametrize("by", ["mean", "zero", "corrupt"])
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", *SLOW])
+@pytest.mark.parametrize(
+    "family", ["llava", "gemma3", "qwen2_vl", "idefics3", "internvl", "paligemma"]
+)
 def test_cells_equal_tokens_set_by_hand(family, by):
     model, pairs = tiny_pairs(family, 2)
     pairs = with_corner(model, pairs)

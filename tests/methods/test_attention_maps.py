@@ -15,7 +15,6 @@ from mechmm.model.layout import Box, SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "paligemma")]
 """Further families, which take more time than they tell."""
 
 
@@ -50,7 +49,9 @@ def patterns_with_slopes(model, pair, layers):
     return [(kept[n][0].detach(), kept[n].grad[0]) for n in names]
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", *SLOW])
+@pytest.mark.parametrize(
+    "family", ["llava", "gemma3", "qwen2_vl", "idefics3", "internvl", "paligemma"]
+)
 def test_maps_equal_caches_and_products_of_matrices(family):
     model, pairs = tiny_pairs(family, 2)
     pairs = with_corner(model, pairs)
@@ -73,7 +74,9 @@ def test_maps_equal_caches_and_products_of_matrices(family):
         torch.testing.assert_close(found._on(found.weights, 0)[:, number], on, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_vl", *SLOW])
+@pytest.mark.parametrize(
+    "family", ["llava", "gemma3", "qwen2_vl", "idefics3", "internvl", "paligemma"]
+)
 def test_closed_heads_equal_hooks_by_hand(family):
     model, pairs = tiny_pairs(family, 2)
     pairs = with_corner(model, pairs)

@@ -12,7 +12,6 @@ from mechmm.model.layout import SpanError
 from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
 """Further families, which take more time than they tell."""
 
 
@@ -51,7 +50,7 @@ def test_cells_equal_a_second_run_by_hand(model, pairs, found):
     assert (found.cells["source"] > found.cells["target"]).all()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "idefics3", "internvl", "blip-2"])
 def test_families(family):
     model, pairs = tiny_pairs(family, 4)
     rest = {"metric": mm.logit_diff, "n_null": 1, "batch_size": 3}

@@ -14,11 +14,6 @@ from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
 
-def also(*families):
-    """Further families, which take more time than they tell."""
-    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
-
-
 @pytest.fixture(scope="module")
 def curves(demo):
     """By how many tokens of the asked object a patch is made of."""
@@ -27,9 +22,7 @@ def curves(demo):
     return mm.deletion_insertion(demo, pairs, inside, shares=(0.0625, 0.5), n_random=3)
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "qwen2_5_vl", "llava_next", *also("llava", "paligemma")]
-)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava_next", "llava", "paligemma"])
 def test_curves_equal_runs_by_hand(family):
     model, pairs = tiny_pairs(family, 2)
     features = features_of(model, pairs, text=False)

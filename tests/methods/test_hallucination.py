@@ -20,7 +20,6 @@ from mechmm.testing import tiny_pairs
 UNSEEN = corruption.on_images(corruption.blur, radius=10)
 
 
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
 """Further families, which take more time than they tell."""
 
 
@@ -65,7 +64,7 @@ def test_generation_contrasts_every_step(family):
         assert mm.contrasted(p, q, 2.0, 0.0).argmax(-1).tolist() == made[:, step].tolist()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "idefics3", "internvl", "blip-2"])
 def test_signals_equal_those_of_single_runs(family):
     model, pairs = tiny_pairs(family, 3)
     found = mm.hallucination(model, pairs, UNSEEN, batch_size=2)

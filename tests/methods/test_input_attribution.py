@@ -21,13 +21,7 @@ from mechmm.model.untrained import restored
 from mechmm.results.result import Result
 from mechmm.testing import tiny_hf, tiny_pairs
 
-
-def also(*families):
-    """Further families, which take more time than they tell."""
-    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
-
-
-FAMILIES = ["gemma3", "qwen2_5_vl", *also("llava", "paligemma", "internvl", "chameleon")]
+FAMILIES = ["gemma3", "qwen2_5_vl", "llava", "paligemma", "internvl", "chameleon"]
 NAMES = ("integrated-gradients", "occlusion", "shapley", "grad-cam")
 needs_captum = pytest.mark.usefixtures("captum")
 
@@ -119,9 +113,7 @@ def test_sampled_shapley_values_come_near_to_those_of_all_coalitions():
 
 
 @needs_captum
-@pytest.mark.parametrize(
-    "family", ["gemma3", "qwen2_5_vl", "paligemma", *also("llava", "llava_next")]
-)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "paligemma", "llava", "llava_next"])
 def test_grad_cam_is_a_hand_computation(family):
     model, pairs = tiny_pairs(family, 2)
     found = mm.input_attribution(model, pairs, "grad-cam", spans=(), untrained=False)

@@ -19,20 +19,13 @@ from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
 
-def also(*families):
-    """Further families, which take more time than they tell."""
-    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
-
-
 @pytest.fixture(scope="module")
 def found():
     model, pairs = tiny_pairs("llava", 2)
     return mm.modality_shares(model, pairs, control=pairs[:1], side=1, n_orders=2)
 
 
-@pytest.mark.parametrize(
-    "family", ["gemma3", "qwen2_5_vl", *also("llava", "paligemma", "internvl")]
-)
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "llava", "paligemma", "internvl"])
 def test_shares_add_up_and_pictures_are_exchanged(family):
     model, pairs = tiny_pairs(family, 2)
     found = mm.modality_shares(model, pairs, side=1, n_orders=2)

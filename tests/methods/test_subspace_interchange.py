@@ -15,7 +15,6 @@ from mechmm.results.result import Result
 from mechmm.testing import tiny_pairs
 
 HOOK = "blocks.2.hook_resid_pre"
-SLOW = [pytest.param(f, marks=pytest.mark.slow) for f in ("idefics3", "internvl", "blip-2")]
 """Further families, which take more time than they tell."""
 
 
@@ -49,7 +48,7 @@ def test_moving_everything_is_a_patch_of_the_last_position(model, pairs):
         assert bool(found[number]) == (case.classes[int(said)] == pairs[int(source)].answer)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", *SLOW])
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_vl", "idefics3", "internvl", "blip-2"])
 def test_families(family):
     """Of two answers a tiny model says the one whose logit is larger after the interchange."""
     model, pairs = tiny_pairs(family, 4)
