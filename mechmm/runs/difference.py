@@ -188,19 +188,24 @@ def _json(path: Path) -> Any:
 
 
 def print_difference(found: Difference, relative: float = -1.0) -> None:
-    """The tables that have something to say; of values, those farther apart than `relative`."""
+    """The tables that have something to say; of values and headlines, those farther apart than
+    `relative`."""
     console = Console()
     apart = found.differing(relative)
+    told = found.headlines[~(found.headlines["relative"] <= max(relative, 0.0))]
     if len(found.settings):
         print_table(found.settings, "Settings that differ", console)
     if len(found.versions):
         print_table(found.versions, "Versions that differ", console)
-    if len(found.headlines):
-        print_table(_readable(found.headlines), "Headlines", console)
+    if len(told):
+        print_table(_readable(told), "Headlines that differ", console)
     if len(apart):
         print_table(_readable(apart.drop(columns="same")), "Values that differ", console)
     equal = int(found.values["same"].sum())
     console.print(f"{equal} of {len(found.values)} arrays and columns are equal", highlight=False)
+    near = len(found.headlines) - len(told)
+    how = "are equal" if relative <= 0 else f"are within {relative:g}"
+    console.print(f"{near} of {len(found.headlines)} headlines {how}", highlight=False)
 
 
 def _readable(table: pd.DataFrame) -> pd.DataFrame:

@@ -224,10 +224,18 @@ def test_the_shell_says_what_differs_and_by_exit_code(tmp_path):
     one = write_run(tmp_path / "one")
     other = write_run(tmp_path / "other", measured(effects=measured().effects + 1e-4))
     assert shell.invoke(app, ["verify", str(one)]).exit_code == 0
-    assert shell.invoke(app, ["diff", str(one), str(one)]).exit_code == 0
+    alike = shell.invoke(app, ["diff", str(one), str(one)])
+    assert alike.exit_code == 0
+    assert "1 of 1 headlines are equal" in alike.output
+    assert "Headlines that differ" not in alike.output
+    (head,) = json.loads((one / "headlines.json").read_text())
+    (other / "headlines.json").write_text(json.dumps([{**head, "value": 9.0}]))
+    seal(other)
     answer = shell.invoke(app, ["diff", str(one), str(other)])
     assert answer.exit_code == 1
     assert "effects" in answer.output
+    assert "Headlines that differ" in answer.output
+    assert "0 of 1 headlines are equal" in answer.output
     found = shell.invoke(app, ["diff", str(one), str(other), "--json"])
     assert found.exit_code == 1
     assert [r["field"] for r in json.loads(found.stdout)["values"] if not r["same"]] == [
