@@ -28,14 +28,12 @@ def lacking(model: HookedMultimodal) -> str:
 
 def ahead(model: HookedMultimodal) -> nn.Linear:
     """The linear map that gives the hidden layer what it is activated by."""
-    row = model.family.projectors[PROJECTOR]
-    return model.hf_model.get_submodule(f"{row.root}.{row.pre}")  # type: ignore[return-value]
+    return _linear(model, model.family.projectors[PROJECTOR].pre)
 
 
 def behind(model: HookedMultimodal) -> nn.Linear:
     """The linear map that reads the hidden layer."""
-    row = model.family.projectors[PROJECTOR]
-    return model.hf_model.get_submodule(f"{row.root}.{row.post}")  # type: ignore[return-value]
+    return _linear(model, model.family.projectors[PROJECTOR].post)
 
 
 def standing(model: HookedMultimodal) -> str:
@@ -50,3 +48,9 @@ def writes(model: HookedMultimodal) -> bool:
     row = model.family.projectors[PROJECTOR]
     linears = [m for m in model.hf_model.get_submodule(row.root).modules() if type(m) is nn.Linear]
     return row.last and linears[-1] is behind(model)
+
+
+def _linear(model: HookedMultimodal, name: str | None) -> nn.Linear:
+    """A linear map of the projector."""
+    root = model.family.projectors[PROJECTOR].root
+    return model.hf_model.get_submodule(f"{root}.{name}")  # type: ignore[return-value] - as its row says
