@@ -43,8 +43,8 @@ class Difference:
         """Whether every value is the same, or a number within so much of its array's largest, and
         every headline has the same verdict and is as near."""
         near = self.values["same"] | (self.values["relative"] <= relative)
-        told = self.headlines["relative"] <= relative
-        return bool(len(self.values)) and bool(near.all()) and bool(told.all())
+        told = not len(self.headlines_apart(relative))
+        return bool(len(self.values)) and bool(near.all()) and told
 
     @property
     def same(self) -> bool:
@@ -54,6 +54,10 @@ class Difference:
     def differing(self, relative: float = -1.0) -> pd.DataFrame:
         """The rows of `values` that are not the same, and farther apart than `relative`."""
         return self.values[~self.values["same"] & ~(self.values["relative"] <= relative)]
+
+    def headlines_apart(self, relative: float = 0.0) -> pd.DataFrame:
+        """The rows of `headlines` with another verdict, or farther apart than `relative`."""
+        return self.headlines[~(self.headlines["relative"] <= relative)]
 
     def as_json(self) -> dict[str, Any]:
         """All tables, ready for JSON; None for what is no finite number."""
@@ -192,7 +196,7 @@ def print_difference(found: Difference, relative: float = -1.0) -> None:
     `relative`."""
     console = Console()
     apart = found.differing(relative)
-    told = found.headlines[~(found.headlines["relative"] <= max(relative, 0.0))]
+    told = found.headlines_apart(max(relative, 0.0))
     if len(found.settings):
         print_table(found.settings, "Settings that differ", console)
     if len(found.versions):
