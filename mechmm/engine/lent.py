@@ -11,9 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mechmm.engine.embeddings import check_dual
-from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.hooked import VISION, HookedMultimodal
 
-VISION = "vision"
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SAME = (*SIZES, "image_size", "patch_size", "hidden_act", "layer_norm_eps")
 """Entries of a vision tower's config on which its activations depend, beside the weights."""

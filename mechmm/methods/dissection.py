@@ -36,7 +36,7 @@ from mechmm.engine.places import Ints
 from mechmm.engine.sites import READING, SEEING, Sites, named, unfit_of
 from mechmm.engine.states import Data, check_data, count, prompts_of, states
 from mechmm.model.batch import Batch
-from mechmm.model.hooked import HookedMultimodal
+from mechmm.model.hooked import VISION, HookedMultimodal
 from mechmm.model.layout import Box, Patches, SpanError
 from mechmm.results import plots
 from mechmm.results.report import Page, Section
@@ -44,7 +44,6 @@ from mechmm.results.result import Result
 
 Concepts = Mapping[str, Sequence[Sequence[Box | Patches]]]
 """Name -> for every example the places where the concept is to be seen; none is an empty list."""
-VISION = "vision"
 SHOWN = 20
 """Units in a figure."""
 RESAMPLES = 1000

@@ -26,6 +26,7 @@ from mechmm.model.tower import WEIGHTS, MissingPathError, Tower, TowerConfig, re
 
 DEMO = "mechmm/demo"
 LANGUAGE = "language"
+VISION = "vision"
 DERIVED = ("hook_result", "hook_expert_out")
 """Hooks that are computed only when somebody listens, and cached only when named."""
 
